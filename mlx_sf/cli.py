@@ -1,0 +1,75 @@
+"""`mlx-sf`: parses, calls, prints. Each subcommand lives in `mlx_sf/commands/` and is imported only when asked for."""
+
+import importlib
+import os
+import sys
+import traceback
+from typing import Any
+
+import click
+
+from . import __version__
+from .errors import MlxSfError
+
+# name -> one-line help, shown without importing the command (imports of MLX take a while)
+COMMANDS = {
+    "convert": "Turn a PyTorch checkpoint (.pth) into one self-describing .npz or .safetensors file.",
+    "sample": "Draw images from a checkpoint.",
+    "train": "Train a model on pictures, or on the built-in scenes.",
+    "info": "Say what a checkpoint, a PNG or this installation is.",
+    "selftest": "Check this device against the reference's golden numbers.",
+}
+
+
+class _LazyGroup(click.Group):
+    """A group whose commands are imported from `mlx_sf.commands.NAME` on first use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"mlx_sf.commands.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(__version__, prog_name="mlx-sf")
+@click.option("--debug", is_flag=True, help="Show the full traceback of an error.")
+def cli(debug: bool) -> None:
+    """JiT pixel-space diffusion transformers with Spectral Forcing, in MLX."""
+
+
+def main(argv: list[str] | None = None) -> Any:
+    """Entry point: every expected failure becomes one line on stderr and a non-zero exit status."""
+    arguments = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in arguments
+    try:
+        return cli.main(args=arguments, prog_name="mlx-sf", standalone_mode=False)
+    except click.exceptions.Exit as e:
+        sys.exit(e.exit_code)
+    except click.ClickException as e:
+        e.show()
+        sys.exit(e.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("mlx-sf: interrupted", err=True)
+        sys.exit(130)
+    except BrokenPipeError:  # `mlx-sf info ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (MlxSfError, OSError) as e:
+        if debug:
+            traceback.print_exc()
+        message = str(e) if isinstance(e, MlxSfError) else _os_error_line(e)
+        click.echo(f"mlx-sf: error: {message}", err=True)
+        sys.exit(1)
+
+
+def _os_error_line(e: OSError) -> str:
+    where = f" {e.filename}:" if e.filename else ""
+    return f"cannot use{where} {e.strerror or e}"

@@ -1,0 +1,1 @@
+"""The subcommands of `mlx-sf`: one module each, parsing and printing only."""

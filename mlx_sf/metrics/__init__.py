@@ -1,0 +1,1 @@
+"""FID, Inception Score, KID, precision/recall and spectral distance, without torch."""
