@@ -77,6 +77,7 @@ class ModelConfig:
         _fields_typed(self)
         for name in ("img_size", "patch_size", "hidden_size", "depth", "num_heads", "bottleneck_dim", "num_classes"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _require(2 <= self.img_size <= 8192, "img_size", self.img_size, "2 to 8192 pixels")
         _require(
             self.img_size % self.patch_size == 0,
             "patch_size",
@@ -98,8 +99,8 @@ class ModelConfig:
             _require(ok, "in_context_start", self.in_context_start, f"a block number from 0 to {self.depth - 1}")
         if self.window_size == 0:
             object.__setattr__(self, "window_size", self.img_size)
-        ok = self.window_size >= 1 and self.img_size % self.window_size == 0
-        _require(ok, "window_size", self.window_size, f"a divisor of img_size {self.img_size}")
+        ok = self.window_size >= 2 and self.img_size % self.window_size == 0
+        _require(ok, "window_size", self.window_size, f"a divisor of img_size {self.img_size}, at least 2")
         _choice("scale_schedule", self.scale_schedule, ScaleSchedule)
         _require(0.0 <= self.fixed_scale <= 1.0, "fixed_scale", self.fixed_scale, "a scale from 0 to 1")
         for name in ("attn_dropout", "proj_dropout"):

@@ -47,7 +47,8 @@ class Linear(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         x = x.astype(self.weight.dtype)
-        return _affine(x, self.weight, self.bias) if "bias" in self else x @ self.weight.T
+        out: mx.array = _affine(x, self.weight, self.bias) if "bias" in self else x @ self.weight.T
+        return out
 
 
 class RMSNorm(nn.Module):
@@ -313,7 +314,7 @@ def initial_weights(parameters: Any, key: mx.array) -> Any:
     Xavier-uniform on linear weights, normal(0.02) on the class table, the time linears and the in-context table;
     zeros for every adaLN linear, the head's linear and all biases; ones for norms; the position table as it is.
     """
-    leaves = tree_flatten(parameters)
+    leaves: Any = tree_flatten(parameters)
     keys = mx.random.split(key, len(leaves))
 
     def value(path: str, w: mx.array, k: mx.array) -> mx.array:

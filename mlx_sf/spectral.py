@@ -35,7 +35,7 @@ def dct_matrix(n: int) -> np.ndarray:
 def radial_frequency(n: int) -> np.ndarray:
     """Radius r (n, n), float64, of each DCT coefficient: 0 at the mean, 1 at the highest frequency."""
     i = np.arange(n, dtype=np.float64)
-    return np.hypot(i[:, None], i[None, :]) / (math.sqrt(2) * max(n - 1, 1))
+    return np.hypot(i[:, None], i[None, :]) / (math.sqrt(2) * (n - 1))
 
 
 def cutoff(scale: mx.array, min_keep: float = 0.05, max_keep: float = 1.0) -> mx.array:
@@ -88,8 +88,8 @@ class SpectralForcing(nn.Module):
     ) -> None:
         super().__init__()
         n = window_size or img_size
-        if n < 1 or img_size % n:
-            raise MlxSfError(f"SpectralForcing: window_size is {n}, want a divisor of img_size {img_size}")
+        if n < 2 or img_size % n:
+            raise MlxSfError(f"SpectralForcing: window_size is {n}, want a divisor of img_size {img_size}, at least 2")
         if scale_schedule not in ("linear", "fixed"):
             raise MlxSfError(f"SpectralForcing: scale_schedule is {scale_schedule!r}, want 'linear' or 'fixed'")
         self.img_size, self.window_size, self.channels_last = img_size, n, channels_last
