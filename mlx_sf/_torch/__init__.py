@@ -1,0 +1,1 @@
+"""The parts of `mlx_sf.torch_file`: names -> unpickle, storage -> tensors."""
