@@ -47,7 +47,9 @@ class Linear(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         x = x.astype(self.weight.dtype)
-        out: mx.array = _affine(x, self.weight, self.bias) if "bias" in self else x @ self.weight.T
+        if "bias" not in self:
+            return x @ self.weight.T
+        out: mx.array = _affine(x, self.weight, self.bias)  # type: ignore[assignment]
         return out
 
 
@@ -332,16 +334,18 @@ def initial_weights(parameters: Any, key: mx.array) -> Any:
     return tree_unflatten([(path, value(path, w, k)) for (path, w), k in zip(leaves, keys, strict=True)])
 
 
-def cast_products(parameters: Any, dtype: mx.Dtype) -> Any:
-    """The compute-type policy: the operands of the transformer's matrix products become `dtype`, all else float32.
+def is_product_operand(name: str) -> bool:
+    """Whether a parameter enters the transformer's large matrix products: linear weights and their biases.
 
-    Takes and returns a tree of JiT parameters. Linear weights and their biases are cast, as autocast would; norm
-    weights, embedding tables, positions and the time embedder stay float32, and so do the residual stream, norm
-    statistics, attention scores, DCT and loss.
+    Norm weights, embedding tables, positions and the time embedder do not.
     """
+    return not name.startswith(("t_embedder", "y_embedder", "pos_embed", "in_context")) and "norm" not in name
 
-    def cast(path: str, w: mx.array) -> mx.array:
-        keep = path.startswith(("t_embedder", "y_embedder", "pos_embed", "in_context")) or "norm" in path
-        return w.astype(mx.float32 if keep else dtype)
 
-    return tree_map_with_path(cast, parameters)
+def cast_products(parameters: Any, dtype: mx.Dtype) -> Any:
+    """The compute-type policy: operands of the matrix products become `dtype`, as under autocast; all else float32.
+
+    Takes and returns a tree (or flat mapping) of JiT parameters. With these the residual stream, norm statistics,
+    attention scores, DCT and loss stay float32 too.
+    """
+    return tree_map_with_path(lambda k, w: w.astype(dtype if is_product_operand(k) else mx.float32), parameters)
