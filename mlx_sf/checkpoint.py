@@ -122,14 +122,14 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def load_model(
-    path: str | os.PathLike[str], weights: str | None = None, dtype: mx.Dtype | None = None
+    source: "Checkpoint | str | os.PathLike[str]", weights: str | None = None, dtype: mx.Dtype | None = None
 ) -> tuple[JiT, Config]:
-    """The network of a checkpoint (path, run folder or Hugging Face repo id) and its configuration.
+    """The network of a checkpoint (opened, or a path, run folder or Hugging Face repo id) and its configuration.
 
     `weights` picks a set ("model", "ema1", "ema2"; default ema1 where there is one); the configuration returned names
     just that one. Weights are float32, or with `dtype` the matrix products run in it (`model.cast_products`).
     """
-    checkpoint = Checkpoint(resolve(path))
+    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(resolve(source))
     name = checkpoint.pick(weights)
     model = JiT(checkpoint.config.model)
     tensors = {k: v.astype(mx.float32) for k, v in checkpoint.weights(name).items()}
@@ -138,6 +138,14 @@ def load_model(
     model.load_weights(list(tensors.items()), strict=True)
     mx.eval(model.parameters())
     return model, checkpoint.config.replace(weights=(name,))
+
+
+def demo_checkpoint() -> Path:
+    """The small trained model that comes with the program."""
+    for folder in (Path(__file__).parent / "weights", Path(__file__).parent.parent / "weights"):
+        if found := sorted(folder.glob("demo*.safetensors")):
+            return found[0]
+    raise MlxSfError("no demo model is installed: name a checkpoint with --ckpt")
 
 
 _STEP_FILE = re.compile(r"checkpoint-(\d+)\.safetensors")

@@ -1,0 +1,87 @@
+"""`mlx-sf info`: what a checkpoint, a PNG, a PyTorch file or this installation is."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..checkpoint import Checkpoint, parameter_shapes, resolve
+from ..errors import MlxSfError
+
+_TORCH_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
+
+
+@click.command(short_help="Say what a checkpoint, a PNG or this installation is.")
+@click.argument("path", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(path: str | None, as_json: bool) -> None:
+    """Say what PATH is: a checkpoint (file, run folder, Hugging Face repo id), a PNG made by mlx-sf, or a .pth file.
+
+    Without PATH: versions, device, the BLAS in use and memory of this installation.
+    """
+    if path is None:
+        from ..device import describe
+
+        facts: dict[str, Any] = dict(describe())
+    elif Path(path).suffix.lower() == ".png":
+        from ..image import read_metadata
+
+        facts = read_metadata(path)
+    elif Path(path).suffix.lower() in _TORCH_SUFFIXES and Path(path).exists():
+        facts = _torch_facts(path)
+    else:
+        facts = _checkpoint_facts(path)
+    if as_json:
+        click.echo(json.dumps(facts, indent=1))
+        return
+    width = max(map(len, facts), default=0)
+    for name, value in facts.items():
+        text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        click.echo(f"{name:<{width}}  {text}")
+
+
+def _checkpoint_facts(path: str) -> dict[str, Any]:
+    checkpoint = Checkpoint(resolve(path))
+    c = checkpoint.config
+    shapes = parameter_shapes(c.model)
+    dtypes = sorted({e.dtype for e in checkpoint.file.entries.values()})
+    model, flow, sample = (dataclasses.asdict(part) for part in (c.model, c.flow, c.sample))
+    return {
+        "file": f"{checkpoint.path} ({checkpoint.file.container}, {checkpoint.file.size / 1e6:.1f} MB)",
+        "model": c.name + (" with Spectral Forcing" if c.model.spectral_forcing else ", vanilla"),
+        "weights": ", ".join(c.weights),
+        "parameters": f"{sum(map(math.prod, shapes.values())):,} ({', '.join(dtypes)})",
+        "network": model,
+        "flow": flow,
+        "sampling": {k: v for k, v in sample.items() if v is not None},
+        **({"classes": ", ".join(c.class_names)} if c.class_names else {}),
+        **({"provenance": dict(c.provenance)} if c.provenance else {}),
+    }
+
+
+def _torch_facts(path: str) -> dict[str, Any]:
+    """What a PyTorch file holds, read without PyTorch and without running anything in it."""
+    from ..torch_file import Record, TensorRef, open_torch_file
+
+    def about(value: Any) -> str:
+        if isinstance(value, TensorRef):
+            return f"{value.dtype} {tuple(value.shape)}"
+        if isinstance(value, dict) and value and all(isinstance(v, TensorRef) for v in value.values()):
+            return f"{len(value)} tensors, {sum(math.prod(v.shape) for v in value.values()):,} values"
+        if isinstance(value, Record):
+            return ", ".join(f"{k} {v}" for k, v in value.values.items())
+        if isinstance(value, dict | list | tuple):
+            return f"{type(value).__name__} of {len(value)}"
+        return str(value)
+
+    with open_torch_file(path) as file:
+        root = file.root
+        facts = {"file": f"{path} (torch.save, {file.layout} layout, {Path(path).stat().st_size / 1e6:.1f} MB)"}
+        if not isinstance(root, dict):
+            raise MlxSfError(f"{path}: holds {about(root)}, want a state dict or a training checkpoint")
+        if all(isinstance(v, TensorRef) for v in root.values()):
+            facts["state dict"] = about(root)
+        return facts | {str(k): about(v) for k, v in list(root.items())[:400]}

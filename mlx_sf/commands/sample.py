@@ -1,0 +1,113 @@
+"""`mlx-sf sample`: pictures from a checkpoint."""
+
+import dataclasses
+from typing import Any
+
+import click
+
+from .. import generate as g
+from ..checkpoint import Checkpoint, demo_checkpoint, load_model, resolve
+from ..config import Config
+from ..device import DTYPES, default_dtype, limit_cache, pick_dtype
+from ..errors import MlxSfError
+from ..files import writable_folder
+from ..progress import Progress
+
+
+@click.command(short_help="Draw images from a checkpoint.")
+@click.option("--ckpt", help="Checkpoint file, run folder, or Hugging Face repo id. [default: the built-in demo model]")
+@click.option("--weights", help="Weight set of the checkpoint: model, ema1, ema2. [default: ema1]")
+@click.option("--classes", help="Labels or class names, one image each, in this order: 1,7,7; null means no class.")
+@click.option("--num-images", "-n", type=int, help="Number of images; classes are gone through in turn.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the first image; image i has seed + i.")
+@click.option("--steps", type=int, help="Steps of the solver. [default: the checkpoint's, usually 50]")
+@click.option(
+    "--method", type=click.Choice(["heun", "euler"]), help="Solver. [default: the checkpoint's, usually heun]"
+)
+@click.option("--cfg", type=float, help="Guidance scale; 1 means off. [default: the checkpoint's]")
+@click.option(
+    "--cfg-interval",
+    type=float,
+    nargs=2,
+    metavar="LOW HIGH",
+    help="Guide only where LOW < t < HIGH (t = 0 is noise). [default: the checkpoint's, usually 0.1 1]",
+)
+@click.option(
+    "--sample-t-eps", type=float, help="Lower bound of 1 - t in the velocity. [default: the training's, 0.05]"
+)
+@click.option("--noise", type=click.Path(), help="Initial noise: .npy, float32 (N, 3, H, W), standard normal.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of the matrix products. [default: bfloat16 on a GPU]")
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Images at a time.")
+@click.option(
+    "--output",
+    "-o",
+    default="samples",
+    show_default=True,
+    help="Folder for 00000.png, 00001.png ...; or NAME.png (a grid if several); or NAME.npy (float32, unclipped).",
+)
+@click.option("--grid", is_flag=True, help="Also write grid.png into the folder.")
+@click.option("--stepwise", is_flag=True, help="Also write a strip of intermediate states per image.")
+def command(
+    ckpt: str | None,
+    weights: str | None,
+    classes: str | None,
+    num_images: int | None,
+    seed: int,
+    noise: str | None,
+    dtype: str | None,
+    batch_size: int,
+    output: str,
+    grid: bool,
+    stepwise: bool,
+    **solver: Any,
+) -> None:
+    """Draw images from a checkpoint.
+
+    Each image depends on its own seed alone, not on the batch it is computed in. Settings are stored in each PNG:
+    `mlx-sf info FILE.png` shows them.
+    """
+    limit_cache()
+    checkpoint = Checkpoint(resolve(ckpt) if ckpt is not None else demo_checkpoint())
+    config = _with_solver(checkpoint.config, **solver)
+    checkpoint.pick(weights)
+    request = g.make_request(config, classes, num_images, seed, noise)
+    out = g.Output(output, request, grid)
+    steps = g.Stepwise(config.sample.steps) if stepwise else None
+    strips = writable_folder(out.path if out.kind == "folder" else out.path.parent)
+    model, loaded = load_model(checkpoint, weights, pick_dtype(dtype))
+    config = config.replace(weights=loaded.weights)
+
+    def describe(i: int) -> dict[str, Any]:
+        return g.metadata(config, request, i, str(checkpoint.path), dtype or default_dtype())
+
+    batch_count = len(list(g.batches(len(request), batch_size)))
+    with Progress(batch_count * config.sample.steps, f"sampling {len(request)} images", "steps") as bar:
+        for numbers, state in g.generate(model, config, request, batch_size):
+            bar.update()
+            if steps is not None:
+                steps.add(numbers, state)
+            if state.step == state.steps:
+                out.add(numbers, state.z, describe)
+                if steps is not None:
+                    steps.save(strips, describe)
+    written = out.close(describe)
+    click.echo(f"{len(request)} images: {written[0]}" + (f" ... {written[-1]}" if len(written) > 1 else ""))
+
+
+def _with_solver(
+    config: Config,
+    steps: int | None,
+    method: str | None,
+    cfg: float | None,
+    cfg_interval: tuple[float, float] | None,
+    sample_t_eps: float | None,
+) -> Config:
+    """The checkpoint's sampling settings with the command's put over them."""
+    changes: dict[str, Any] = {"steps": steps, "method": method, "cfg": cfg, "t_eps": sample_t_eps}
+    if cfg_interval is not None:
+        changes["cfg_low"], changes["cfg_high"] = cfg_interval
+    try:
+        given = {k: v for k, v in changes.items() if v is not None}
+        return config.replace(sample=dataclasses.replace(config.sample, **given))
+    except MlxSfError as e:
+        raise MlxSfError(str(e).replace("config: ", "--").replace("cfg_interval", "cfg-interval")) from None
