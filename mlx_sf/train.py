@@ -1,0 +1,174 @@
+"""One training step: random draws, loss, gradients, AdamW and two EMAs, as a pure function of arrays.
+
+Master weights, moments and EMAs are float32; what the matrix products run in is `StepOptions.dtype`. Nothing random
+happens inside the step: `draws` makes every number it needs from (seed, step, position in the global batch), so an
+image's draws depend neither on how the batch is split over micro-batches or machines nor on when the run was resumed.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from .config import FlowConfig
+from .flow import drop_labels, training_loss, training_times
+from .model import JiT, cast_products
+from .optim import AdamW, clip_by_norm
+
+Weights = dict[str, mx.array]
+Arrays = dict[str, Weights]  # "model", "ema1", "ema2": weights; "m", "v": moments; all by parameter name
+SETS = ("model", "ema1", "ema2")
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """How a step is computed. All but `optimizer`, `clip_grad` and `dtype` change results by rounding at most.
+
+    `accumulate` splits the batch into that many micro-batches; `world` processes average their gradients.
+    """
+
+    optimizer: AdamW = field(default_factory=AdamW)
+    clip_grad: float = 0.0
+    dtype: mx.Dtype = mx.float32
+    accumulate: int = 1
+    grad_checkpoint: bool = False
+    compile: bool = False
+    world: int = 1
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of a batch: uniform (b,) against the label drop rate, normals (b,) for t, noise (b, 3, H, H).
+
+    `dropout` is a key for dropout layers, or None.
+    """
+
+    drop_uniform: mx.array
+    t_normal: mx.array
+    noise: mx.array
+    dropout: mx.array | None = None
+
+
+def draws(seed: int, step: int, batch_size: int, local: slice, img_size: int, dropout: bool = False) -> Draws:
+    """Draws for positions `local` of the global batch of `step`, each position from a key of its own."""
+    key = mx.random.key((seed << 32) + step)
+    keys = mx.random.split(key, batch_size + 1)
+    per_image = mx.vmap(lambda k: mx.random.split(k, 3))(keys[:batch_size][local])  # (b, 3, key)
+    return Draws(
+        drop_uniform=mx.vmap(lambda k: mx.random.uniform(key=k))(per_image[:, 0]),
+        t_normal=mx.vmap(lambda k: mx.random.normal((), key=k))(per_image[:, 1]),
+        noise=mx.vmap(lambda k: mx.random.normal((3, img_size, img_size), key=k))(per_image[:, 2]),
+        dropout=mx.random.split(keys[batch_size], 1 + (local.start or 0))[-1] if dropout else None,
+    )
+
+
+def initial_arrays(weights: Weights) -> Arrays:
+    """A fresh training state: moments zero, both EMAs copies of the weights."""
+    zeros = {k: mx.zeros(w.shape) for k, w in weights.items()}
+    return {"model": dict(weights), "ema1": dict(weights), "ema2": dict(weights), "m": zeros, "v": dict(zeros)}
+
+
+def trainable(model: JiT) -> Weights:
+    """The trained parameters by name, float32 (all but the position table)."""
+    return {k: w.astype(mx.float32) for k, w in tree_flatten(model.trainable_parameters())}
+
+
+@contextlib.contextmanager
+def bound(model: JiT, weights: Weights) -> Iterator[JiT]:
+    """The network with these weights. Afterwards it holds none, so that no copy or tracer stays alive in it."""
+    model.update(tree_unflatten(list(weights.items())))
+    try:
+        yield model
+    finally:
+        model.update(tree_unflatten([(k, mx.array(0.0)) for k in weights]))
+
+
+def pixels(images: mx.array) -> mx.array:
+    """uint8 pictures (b, H, H, 3) -> (b, 3, H, H) float32 in [-1, 1], rounded as in the reference."""
+    return 2 * (images.astype(mx.float32) / 255).transpose(0, 3, 1, 2) - 1
+
+
+class TrainStep:
+    """step(arrays, images, labels, draws, lr, number, ema_decays) -> (new arrays, loss, gradient norm), unevaluated.
+
+    `images` (b, H, H, 3) uint8 and `labels` (b,) are this process's share; `number` counts steps from 1. The gradient
+    norm is None unless gradients are clipped. The model serves as a shell: its weights come from `arrays`.
+    """
+
+    def __init__(self, model: JiT, flow: FlowConfig, options: StepOptions) -> None:
+        self.model, self.flow, self.options = model, flow, options
+        self._value_and_grad = mx.value_and_grad(self._loss)
+        wrap: Callable[[Any], Any] = mx.compile if options.compile else lambda f: f
+        self._whole, self._micro, self._finish = wrap(self._step), wrap(self._accumulate), wrap(self._apply)
+
+    def __call__(
+        self,
+        arrays: Arrays,
+        images: np.ndarray,
+        labels: np.ndarray,
+        draws: Draws,
+        lr: float,
+        number: int,
+        ema_decays: tuple[float, float],
+    ) -> tuple[Arrays, mx.array, mx.array | None]:
+        scalars = mx.array([*self.options.optimizer.scalars(lr, number), *ema_decays], dtype=mx.float32)
+        d = draws
+        batch = [mx.array(images), mx.array(labels), d.drop_uniform, d.t_normal, d.noise]
+        parts = self.options.accumulate
+        if parts == 1:
+            return self._whole(arrays, batch, d.dropout, scalars)  # type: ignore[no-any-return]
+        keys = [None] * parts if d.dropout is None else list(mx.random.split(d.dropout, parts))
+        loss, gradients = mx.array(0.0), {k: mx.zeros(w.shape) for k, w in arrays["model"].items()}
+        for key, *micro in zip(keys, *(mx.split(a, parts) for a in batch), strict=True):
+            loss, gradients = self._micro(arrays["model"], loss, gradients, micro, key)
+            mx.eval(loss, gradients)  # one micro-batch in memory at a time
+        return self._finish(arrays, gradients, loss, scalars)  # type: ignore[no-any-return]
+
+    def _loss(self, weights: Weights, batch: list[mx.array], dropout: mx.array | None) -> mx.array:
+        images, labels, drop_uniform, t_normal, noise = batch
+        y = drop_labels(labels, drop_uniform, self.flow.label_drop_prob, self.model.config.null_class)
+        dtype = self.options.dtype
+        wrapper = nn.utils.checkpoint if self.options.grad_checkpoint else None
+        with bound(self.model, weights if dtype == mx.float32 else cast_products(weights, dtype)) as model:
+            network = partial(model, key=dropout, block_wrapper=wrapper)
+            t = training_times(t_normal, self.flow)
+            return training_loss(network, pixels(images), y, t, noise, self.flow)
+
+    def _step(
+        self, arrays: Arrays, batch: list[mx.array], dropout: mx.array | None, scalars: mx.array
+    ) -> tuple[Arrays, mx.array, mx.array | None]:
+        loss, gradients = self._value_and_grad(arrays["model"], batch, dropout)
+        return self._apply(arrays, gradients, loss, scalars)
+
+    def _accumulate(
+        self, weights: Weights, loss: mx.array, gradients: Weights, batch: list[mx.array], dropout: mx.array | None
+    ) -> tuple[mx.array, Weights]:
+        micro_loss, micro = self._value_and_grad(weights, batch, dropout)
+        share = 1 / self.options.accumulate
+        return loss + share * micro_loss, tree_map(lambda total, g: total + share * g, gradients, micro)
+
+    def _apply(
+        self, arrays: Arrays, gradients: Weights, loss: mx.array, scalars: mx.array
+    ) -> tuple[Arrays, mx.array, mx.array | None]:
+        o = self.options
+        if o.world > 1:
+            gradients = nn.average_gradients(gradients)
+            loss = mx.distributed.all_sum(loss) / o.world
+        norm = None
+        if o.clip_grad:
+            gradients, norm = clip_by_norm(gradients, o.clip_grad)
+        new: Arrays = {kind: {} for kind in arrays}
+        for k, w in arrays["model"].items():
+            w, new["m"][k], new["v"][k] = o.optimizer.update(
+                w, gradients[k], arrays["m"][k], arrays["v"][k], scalars[:3]
+            )
+            new["model"][k] = w
+            for ema, decay in (("ema1", scalars[3]), ("ema2", scalars[4])):
+                new[ema][k] = decay * arrays[ema][k] + (1 - decay) * w
+        return new, loss, norm

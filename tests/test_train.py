@@ -1,0 +1,233 @@
+"""The training step against the reference's golden loss, gradients and ten-step trajectories, and against itself."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mlx_sf.checkpoint import Checkpoint  # before mlx.core: mlx_sf chooses the BLAS
+
+import mlx.core as mx  # isort: skip
+import numpy as np
+import pytest
+
+from mlx_sf.config import FlowConfig, ModelConfig
+from mlx_sf.convert import convert
+from mlx_sf.model import JiT
+from mlx_sf.optim import AdamW
+from mlx_sf.torch_file import open_torch_file
+from mlx_sf.train import Arrays, Draws, StepOptions, TrainStep, bound, draws, initial_arrays, pixels, trainable
+
+GOLDEN = Path(__file__).parent / "golden" / "parity"
+TRAIN = np.load(GOLDEN / "train.npz")
+LOSS = np.load(GOLDEN / "loss.npz")
+CONFIGS = json.loads((GOLDEN / "configs.json").read_text())
+TOLERANCES = json.loads((GOLDEN / "tolerances.json").read_text())
+CASES = {c["case"]: c for c in CONFIGS["train"]}
+
+
+def close(file: str, name: str, got: Any, want: np.ndarray) -> None:
+    got = np.array(got)
+    assert got.shape == want.shape, name
+    assert np.abs(got.astype(np.float64) - want).max() <= TOLERANCES[file][name][2], name
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
+    """The golden checkpoints, all weight sets, through the real converter."""
+    folder = tmp_path_factory.mktemp("golden")
+    found = {}
+    for name in ("vanilla", "hybrid", "noctx", "forced"):
+        entry = CONFIGS["models"][name]
+        flags = {"in_context_start": entry["in_context_start"]} if entry["in_context_len"] else {}
+        convert(GOLDEN / entry["file"], folder / f"{name}.npz", weights=("model", "ema1", "ema2"), flags=flags)
+        found[name] = Checkpoint(folder / f"{name}.npz")
+    return found
+
+
+def trained(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    return {k: v for k, v in weights.items() if k != "pos_embed"}
+
+
+def golden_batch(file: Any, prefix: str, step: int | None = None) -> tuple[np.ndarray, np.ndarray, Draws]:
+    def get(name: str) -> np.ndarray:
+        a: np.ndarray = file[f"{prefix}/{name}"]
+        return a if step is None else a[step]
+
+    d = Draws(mx.array(get("drop_uniform")), mx.array(get("t_normal")), mx.array(get("noise")))
+    return get("x_uint8").transpose(0, 2, 3, 1), get("labels"), d
+
+
+def run_golden(case: str, networks: dict[str, Checkpoint], **options: Any) -> tuple[Arrays, list[float]]:
+    c = CASES[case]
+    checkpoint = networks[c["model"]]
+    model = JiT(checkpoint.config.model)
+    arrays, number = initial_arrays(trained(checkpoint.weights("model"))), 0
+    if case == "resume":
+        arrays["ema1"], arrays["ema2"] = (trained(checkpoint.weights(s)) for s in ("ema1", "ema2"))
+        number = load_moments(arrays, c["model"])
+    flow = checkpoint.config.replace(label_drop_prob=c["label_drop_prob"]).flow
+    adamw = AdamW(*c["betas"], c["eps"], c["weight_decay"])
+    step = TrainStep(model, flow, StepOptions(optimizer=adamw, **options))
+    losses = []
+    for i, lr in enumerate(TRAIN[f"{case}/lr"]):
+        images, labels, d = golden_batch(TRAIN, case, i)
+        decays = (c["ema_decay1"], c["ema_decay2"])
+        arrays, loss, _ = step(arrays, images, labels, d, float(lr), number + i + 1, decays)
+        mx.eval(arrays, loss)
+        losses.append(loss.item())
+    return arrays, losses
+
+
+def load_moments(arrays: Arrays, model: str) -> int:
+    """Adam's state from the reference's checkpoint; returns how many steps it had taken."""
+    entry = CONFIGS["models"][model]
+    order = entry["optimizer_no_decay_order"] + entry["optimizer_decay_order"]
+    with open_torch_file(GOLDEN / entry["file"]) as file:
+        state = file.root["optimizer"]["state"]
+        for i, key in enumerate(order):
+            name = key.removeprefix("net.")
+            for kind, theirs in (("m", "exp_avg"), ("v", "exp_avg_sq")):
+                value = state[i][theirs].read()
+                arrays[kind][name] = mx.array(np.asarray(value).reshape(arrays["model"][name].shape))
+        return int(np.asarray(state[0]["step"].read()))
+
+
+# On Linux each new compiled kernel costs about a second of g++, hence only some of the compiled cases by default.
+@pytest.mark.parametrize(
+    "case, compile",
+    [
+        ("wd0", False),
+        ("wd01", False),
+        ("resume", False),
+        ("wd01", True),
+        ("resume", True),
+        pytest.param("wd0", True, marks=pytest.mark.slow),
+    ],
+)
+def test_golden_trajectories(case: str, compile: bool, networks: dict[str, Checkpoint]) -> None:
+    arrays, losses = run_golden(case, networks, compile=compile)
+    close("train.npz", f"{case}/loss", losses, TRAIN[f"{case}/loss"])
+    compared = 0
+    for kind, ours in (("final", "model"), ("ema1", "ema1"), ("ema2", "ema2")):
+        for name in (n for n in TRAIN.files if n.startswith(f"{case}/{kind}/net.")):
+            want = TRAIN[name]
+            got = arrays[ours][name.split("/net.")[1]]
+            close("train.npz", name, got.reshape(want.shape), want)
+            compared += 1
+    assert compared >= (2 if case == "resume" else 60)
+
+
+def test_golden_gradients(networks: dict[str, Checkpoint]) -> None:
+    checkpoint = networks["forced"]
+    flow = checkpoint.config.replace(label_drop_prob=0.5).flow
+    step = TrainStep(JiT(checkpoint.config.model), flow, StepOptions())
+    images, labels, d = golden_batch(LOSS, "forced_x")
+    batch = [mx.array(images), mx.array(labels), d.drop_uniform, d.t_normal, d.noise]
+    loss, gradients = step._value_and_grad(trained(checkpoint.weights("model")), batch, None)
+    close("loss.npz", "forced_x/loss", loss.reshape(1), LOSS["forced_x/loss"])
+    names = [n for n in LOSS.files if n.startswith("forced_x/grad/net.")]
+    assert len(names) == len(gradients) == 70
+    for name in names:
+        close("loss.npz", name, gradients[name.split("/net.")[1]].reshape(LOSS[name].shape), LOSS[name])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"accumulate": 2},
+        {"grad_checkpoint": True},
+        pytest.param({"accumulate": 2, "compile": True}, marks=pytest.mark.slow),
+        pytest.param({"grad_checkpoint": True, "compile": True}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_accumulation_and_checkpointing_change_rounding_only(
+    options: dict[str, Any], networks: dict[str, Checkpoint]
+) -> None:
+    plain, losses = run_golden("wd01", networks)
+    other, other_losses = run_golden("wd01", networks, **options)
+    np.testing.assert_allclose(other_losses, losses, rtol=1e-5)
+    for k, w in plain["model"].items():
+        assert mx.abs(other["model"][k] - w).max().item() < 2e-5, k
+
+
+def small_step(**options: Any) -> tuple[TrainStep, Arrays]:
+    config = ModelConfig(16, 8, 16, 2, 2, 8, 2, 1, num_classes=3)
+    model = JiT(config)
+    return TrainStep(model, FlowConfig(), StepOptions(**options)), initial_arrays(trainable(model))
+
+
+def one_batch(seed: int = 0, step: int = 0, b: int = 4) -> tuple[np.ndarray, np.ndarray, Draws]:
+    rng = np.random.default_rng(step)
+    images = rng.integers(0, 256, (b, 16, 16, 3), dtype=np.uint8)
+    return images, rng.integers(0, 3, b).astype(np.int32), draws(seed, step, b, slice(0, b), 16)
+
+
+def test_draws_depend_on_the_position_in_the_global_batch_alone() -> None:
+    whole = draws(3, 7, 6, slice(0, 6), 8)
+    part = draws(3, 7, 6, slice(2, 4), 8)
+    assert mx.array_equal(whole.noise[2:4], part.noise)
+    assert mx.array_equal(whole.t_normal[2:4], part.t_normal)
+    assert mx.array_equal(whole.drop_uniform[2:4], part.drop_uniform)
+    for other in (draws(3, 8, 6, slice(0, 6), 8), draws(4, 7, 6, slice(0, 6), 8)):
+        assert not mx.any(other.noise == whole.noise).item()
+    many = draws(0, 0, 512, slice(0, 512), 8)
+    assert abs(many.noise.mean().item()) < 0.02
+    assert abs(mx.var(many.noise).item() - 1) < 0.02
+    assert abs(many.drop_uniform.mean().item() - 0.5) < 0.05
+
+
+def test_the_first_steps_learn_and_the_shell_keeps_no_weights() -> None:
+    step, arrays = small_step()
+    images, labels, d = one_batch()
+    losses = []
+    for i in range(30):
+        arrays, loss, norm = step(arrays, images, labels, d, 3e-3, i + 1, (0.9, 0.99))
+        mx.eval(arrays, loss)
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    assert norm is None
+    assert all(w.size == 1 for w in trainable(step.model).values())
+    with bound(step.model, arrays["ema1"]) as model:
+        assert model(pixels(mx.array(images)), d.t_normal, mx.array(labels)).shape == (4, 3, 16, 16)
+
+
+def test_bfloat16_computes_in_it_but_keeps_float32_state() -> None:
+    images, labels, d = one_batch()
+    results = {}
+    for dtype in (mx.float32, mx.bfloat16):
+        step, arrays = small_step(dtype=dtype)
+        for i in range(5):
+            arrays, loss, _ = step(arrays, images, labels, d, 1e-3, i + 1, (0.9999, 0.9996))
+            mx.eval(arrays, loss)
+        assert {w.dtype for kind in arrays.values() for w in kind.values()} == {mx.float32}
+        results[dtype] = loss.item()
+        start = small_step()[1]["model"]
+        moved = [mx.any(arrays["ema1"][k] != w).item() for k, w in start.items()]
+        assert sum(moved) > 0.9 * len(moved)  # a bfloat16 average would not have moved at all
+    assert results[mx.float32] != results[mx.bfloat16]
+    assert abs(results[mx.float32] / results[mx.bfloat16] - 1) < 0.02
+
+
+def test_clipping_bounds_the_gradient() -> None:
+    step, arrays = small_step(clip_grad=1e-3)
+    images, labels, d = one_batch()
+    _, _, norm = step(arrays, images, labels, d, 1e-3, 1, (0.9, 0.9))
+    assert norm is not None
+    assert norm.item() > 1e-3
+
+
+def test_dropout_acts_and_is_repeatable() -> None:
+    config = ModelConfig(16, 8, 16, 4, 2, 8, 2, 1, num_classes=3, attn_dropout=0.2, proj_dropout=0.2)
+    model = JiT(config)
+    weights = {k: w + 0.1 for k, w in trainable(model).items()}
+    images, labels, _ = one_batch()
+    losses = []
+    for n in (0, 0, 1):
+        d = draws(0, n, 4, slice(0, 4), 16, dropout=True)
+        base = draws(0, 0, 4, slice(0, 4), 16)
+        d = Draws(base.drop_uniform, base.t_normal, base.noise, d.dropout)
+        step = TrainStep(model, FlowConfig(), StepOptions())
+        _, loss, _ = step(initial_arrays(weights), images, labels, d, 0.0, 1, (0.9, 0.9))
+        losses.append(loss.item())
+    assert losses[0] == losses[1] != losses[2]
