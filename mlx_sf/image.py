@@ -28,8 +28,8 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Settings that `save_png` stored. `MlxSfError` for anything else than such a PNG."""
     try:
         with Image.open(path) as image:
+            image.load()  # text may follow the pixels
             size, text = image.size, getattr(image, "text", {}).get(KEY)
-            image.verify()
         values = json.loads(text) if text is not None else None
     except FileNotFoundError:
         raise MlxSfError(f"{path}: no such file") from None
