@@ -20,8 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Literal
 
-from ._torch.names import AGAIN, RESAVE, BadFile, Record, Storage, show
-from ._torch.storage import Source, Stored, zip_members
+from ._torch.names import AGAIN, RESAVE, BadFile, Record, Storage, damaged, show
+from ._torch.storage import Stored, zip_members
 from ._torch.tensors import TensorRef, Tree, itemsize_of, reporting
 from ._torch.unpickle import MAX_PICKLE_BYTES, OutOfData, loads
 
@@ -144,17 +144,11 @@ def _load_zip(file: BinaryIO, path: str) -> Any:
     if order not in ("little", "big"):
         raise BadFile(f"its byteorder is {show(order)}, want little or big: {AGAIN}")
 
-    def source(storage: Storage, nbytes: int) -> Source:
-        found = members.get(f"{prefix}data/{storage.key}")
-        if found is None:
-            raise BadFile(f"its storage data/{storage.key} is missing from the archive: {AGAIN}")
-        return found
-
     try:
         root, _ = loads(data.read(0, data.size).tobytes(), 0, _zip_storage)
     except OutOfData:
         raise BadFile(f"its data.pkl ends too early: {AGAIN}") from None
-    return Tree(source, order != sys.byteorder, path).convert(root)
+    return Tree(lambda key: members.get(f"{prefix}data/{key}"), order != sys.byteorder, path).convert(root)
 
 
 def _not_torch_zip(names: list[str], pickles: list[str]) -> str:
@@ -169,7 +163,7 @@ def _not_torch_zip(names: list[str], pickles: list[str]) -> str:
 
 def _zip_storage(pid: Any) -> Storage:
     if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage":
-        raise BadFile(f"the pickle is damaged: {show(pid)} is not the id of a storage")
+        raise damaged(f"{show(pid)} is not the id of a storage")
     return _storage(pid)
 
 
@@ -177,9 +171,7 @@ def _storage(pid: tuple[Any, ...]) -> Storage:
     _, cls, key, _, numel = pid[:5]
     dtype = getattr(cls, "storage_dtype", None)
     if dtype is None or type(key) is not str or len(key) > 200 or type(numel) is not int or not 0 <= numel < 1 << 62:
-        raise BadFile(
-            f"the pickle is damaged: a storage of {show(numel)} elements has class {show(cls)}, key {show(key)}"
-        )
+        raise damaged(f"a storage of {show(numel)} elements has class {show(cls)}, key {show(key)}")
     return Storage(key, dtype, numel)
 
 
@@ -203,12 +195,7 @@ def _load_legacy(file: BinaryIO, path: str) -> Any:
             window *= 4
     sources, swap = _legacy_sources(file, size, position, keys, storages, big)
 
-    def source(storage: Storage, nbytes: int) -> Source:
-        if storage.key not in sources:
-            raise BadFile(f"its storage {show(storage.key)} is missing from the file's list of storages: {AGAIN}")
-        return sources[storage.key]
-
-    return Tree(source, swap, path).convert(root)
+    return Tree(sources.get, swap, path).convert(root)
 
 
 def _legacy_pickles(data: bytes) -> tuple[Any, list[str], dict[str, Storage], bool, int]:
@@ -219,18 +206,18 @@ def _legacy_pickles(data: bytes) -> tuple[Any, list[str], dict[str, Storage], bo
         if isinstance(pid, tuple) and pid[:1] == ("module",):
             raise BadFile(f"refused: the file holds a whole model object: {RESAVE}")
         if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage":
-            raise BadFile(f"the pickle is damaged: {show(pid)} is not the id of a storage")
+            raise damaged(f"{show(pid)} is not the id of a storage")
         storage = _storage(pid)
         known = storages.setdefault(storage.key, storage)
         if (known.dtype, known.numel) != (storage.dtype, storage.numel):
-            raise BadFile(f"the pickle is damaged: storage {show(storage.key)} has two different types or sizes")
+            raise damaged(f"storage {show(storage.key)} has two different types or sizes")
         view = pid[5] if len(pid) == 6 else None
         if view is None:
             return storage
         if not (isinstance(view, tuple) and len(view) == 3 and all(type(n) is int and n >= 0 for n in view[1:])):
-            raise BadFile(f"the pickle is damaged: a storage view is described by {show(view)}")
+            raise damaged(f"a storage view is described by {show(view)}")
         if view[1] + view[2] > storage.numel:
-            raise BadFile(f"the pickle is damaged: a view of storage {show(storage.key)} reaches beyond its end")
+            raise damaged(f"a view of storage {show(storage.key)} reaches beyond its end")
         return Storage(storage.key, storage.dtype, storage.numel, view[1], view[2])
 
     magic, position = loads(data, 0, _no_storages)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .unpickle import Machine
 
 MAX_RANK = 64  # what NumPy can hold
-AGAIN = "the file is damaged, copy or download it again"
+AGAIN = "copy or download the file again"
 RESAVE = "save it again with torch.save(model.state_dict(), PATH)"
 
 
@@ -118,9 +118,13 @@ def _calls(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return register
 
 
+def damaged(what: str) -> BadFile:
+    return BadFile(f"its pickle is damaged, {what}: {AGAIN}")
+
+
 def want(condition: bool, what: str) -> None:
     if not condition:
-        raise BadFile(f"the pickle is damaged: {what}")
+        raise damaged(what)
 
 
 def _count(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -29,14 +30,15 @@ class Source(Protocol):
 class _Capped:
     """What `zipfile` reads the directory through: one absurd size in it must not become one huge allocation."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.seek, self.tell, self._file = file.seek, file.tell, file
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self.seek, self.tell, self._file, self._size = file.seek, file.tell, file, size
 
     def read(self, count: int = -1) -> bytes:
-        data = self._file.read(MAX_DIRECTORY_BYTES + 1 if count < 0 else min(count, MAX_DIRECTORY_BYTES + 1))
-        if len(data) > MAX_DIRECTORY_BYTES:
-            raise BadFile(f"its zip directory has more than {MAX_DIRECTORY_BYTES} bytes: {AGAIN}")
-        return data
+        left = max(0, self._size - self.tell())
+        count = left if count < 0 else min(count, left)
+        if count > MAX_DIRECTORY_BYTES:
+            raise BadFile(f"its zip directory has {count} bytes, want at most {MAX_DIRECTORY_BYTES}: {AGAIN}")
+        return self._file.read(count)
 
     def seekable(self) -> bool:
         return True
@@ -45,17 +47,13 @@ class _Capped:
 def zip_members(file: BinaryIO, size: int) -> dict[str, Stored | Deflated]:
     """Every member, checked: inside the file, apart from the others, and named alike in both places that name it."""
     try:
-        with zipfile.ZipFile(_Capped(file)) as archive:
+        with zipfile.ZipFile(_Capped(file, size)) as archive:
             infos = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, EOFError, LookupError) as error:
-        what = "has no end" if "not a zip" in str(error) else f"has a damaged directory ({error})"
-        raise BadFile(
-            f"is a zip archive that {what}, {size} bytes found: it is cut short or damaged, download it again"
-        ) from None
-    except Exception as error:  # struct.error and whatever else a crafted directory provokes
-        if isinstance(error, BadFile | OSError):
+    except Exception as error:  # also struct.error, ValueError and whatever else a crafted directory provokes
+        if isinstance(error, BadFile) or (isinstance(error, OSError) and error.errno != errno.EINVAL):
             raise
-        raise BadFile(f"is a zip archive with a damaged directory ({error}): {AGAIN}") from None
+        what = "has no end" if "not a zip file" in str(error) else f"has a damaged directory ({error})"
+        raise BadFile(f"is a zip archive that {what}, {size} bytes found: cut short or damaged, {AGAIN}") from None
     members: dict[str, Stored | Deflated] = {}
     end = 0
     for info in sorted(infos, key=lambda info: info.header_offset):
@@ -84,8 +82,10 @@ def zip_members(file: BinaryIO, size: int) -> dict[str, Stored | Deflated]:
 
 
 def _payload_start(file: BinaryIO, info: zipfile.ZipInfo, label: str) -> int:
-    file.seek(info.header_offset)
-    header = file.read(30)
+    header = b""
+    if 0 <= info.header_offset < 1 << 62:
+        file.seek(info.header_offset)
+        header = file.read(30)
     if len(header) < 30 or not header.startswith(b"PK\x03\x04"):
         raise BadFile(f"its member {label} is not where the zip directory says: {AGAIN}")
     if info.flag_bits & 1:

@@ -18,6 +18,8 @@ MAX_VALUES = 20_000_000
 WINDOW = 64 << 20  # a view that spans more of its storage than this is gathered in pieces
 EXPANDED = 16 << 20  # a tensor may be larger than its storage (torch.expand) up to this size
 
+_PLAIN = frozenset((type(None), bool, int, float, str, bytes))
+
 # bfloat16 is handled as its 16 bits and widened at the end.
 _DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(code) for code, name in NUMPY_DTYPES.items()}
 _DTYPES["bfloat16"] = np.dtype("u2")
@@ -119,7 +121,7 @@ class TensorRef:
 class Tree:
     """Copies the unpickled object, with every tensor checked against its storage and turned into a `TensorRef`."""
 
-    def __init__(self, source: Callable[[Storage, int], Source], swap: bool, path: str) -> None:
+    def __init__(self, source: Callable[[str], Source | None], swap: bool, path: str) -> None:
         self.source, self.swap, self.path = source, swap, path
         self.done: dict[int, tuple[Any, int]] = {}  # by id: the copy, and its size were it a tree
         self.trail: list[Any] = []  # keys from the root to here; attribute names as (name,)
@@ -131,7 +133,7 @@ class Tree:
         return copy
 
     def _convert(self, value: Any) -> tuple[Any, int]:
-        if value is None or type(value) in (bool, int, float, str, bytes):
+        if type(value) in _PLAIN:
             return value, 1
         if type(value) is DType:
             return str(value), 1
@@ -170,6 +172,10 @@ class Tree:
     def _items(self, items: Any) -> tuple[list[Any], int]:
         copies, total = [], 1
         for key, item in items:
+            if type(item) in _PLAIN:  # most of a long list
+                copies.append(item)
+                total += 1
+                continue
             self.trail.append(key)
             copy, size = self._convert(item)
             self.trail.pop()
@@ -196,7 +202,9 @@ class Tree:
             raise BadFile(f"tensor {name} has dtype {dtype}, want float, integer, bool or complex: {RESAVE}")
         itemsize = _DTYPES[spec.dtype].itemsize
         claimed = storage.numel * itemsize_of(storage)
-        source = self.source(storage, claimed)
+        source = self.source(storage.key)
+        if source is None:
+            raise BadFile(f"tensor {name}: storage {show(storage.key)} is missing from the file: {AGAIN}")
         if source.size < claimed:
             raise BadFile(f"tensor {name}: storage is short, {source.size} bytes found, want {claimed}: {AGAIN}")
         length = storage.numel if storage.length is None else storage.length

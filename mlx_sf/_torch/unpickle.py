@@ -22,6 +22,7 @@ from .names import (
     Record,
     TensorSpec,
     build_numpy,
+    damaged,
     find_global,
     show,
     want,
@@ -29,8 +30,8 @@ from .names import (
 
 # A JiT-H checkpoint with two EMAs and the optimiser needs some 0.3 million opcodes and 0.02 million containers.
 MAX_PICKLE_BYTES = 32 << 20
-MAX_OPCODES = 3_000_000
-MAX_OBJECTS = 1_000_000
+MAX_OPCODES = 2_000_000
+MAX_OBJECTS = 500_000
 MAX_INT_BYTES = 64
 
 
@@ -74,7 +75,7 @@ class Machine:
                 return result
             handler = _OPS.get(code)
             if handler is None:
-                raise BadFile(f"the pickle is damaged: byte {code:#04x} is not an opcode that torch.save writes")
+                raise damaged(f"byte {code:#04x} is not an opcode that torch.save writes")
             handler(self)
         raise BadFile(f"the pickle has more than {MAX_OPCODES} steps: {RESAVE}")
 
@@ -82,7 +83,7 @@ class Machine:
         end = self.pos + count
         if end > len(self.data):
             if count > MAX_PICKLE_BYTES:
-                raise BadFile(f"the pickle is damaged: it claims a value of {count} bytes")
+                raise damaged(f"it claims a value of {count} bytes")
             raise OutOfData
         part = self.data[self.pos : end]
         self.pos = end
@@ -96,14 +97,14 @@ class Machine:
         if end < 0:
             if len(self.data) < self.pos + 512:
                 raise OutOfData
-            raise BadFile("the pickle is damaged: a name has no end")
+            raise damaged("a name has no end")
         return self.text(self.take(end + 1 - self.pos)[:-1])
 
     def text(self, raw: bytes) -> str:
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError:
-            raise BadFile(f"the pickle is damaged: {show(raw)} is not UTF-8") from None
+            raise damaged(f"{show(raw)} is not UTF-8") from None
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
@@ -121,7 +122,7 @@ class Machine:
 
     def pop(self) -> Any:
         if len(self.stack) <= (self.marks[-1] if self.marks else 0):
-            raise BadFile("the pickle is damaged: it takes a value that is not there")
+            raise damaged("it takes a value that is not there")
         return self.stack.pop()
 
     def top(self) -> Any:
@@ -141,7 +142,7 @@ class Machine:
 
     def recall(self, index: int) -> None:
         if index not in self.memo:
-            raise BadFile(f"the pickle is damaged: it refers to value {index}, which it never stored")
+            raise damaged(f"it refers to value {index}, which it never stored")
         self.stack.append(self.memo[index])
 
     def key(self, key: Any) -> Any:
@@ -166,14 +167,14 @@ class Machine:
         try:
             return function.call(self, *args)
         except (TypeError, ValueError, struct.error):
-            raise BadFile(f"the pickle is damaged: it calls {function.name} with the wrong arguments") from None
+            raise damaged(f"it calls {function.name} with the wrong arguments") from None
 
     def build(self, target: Any, state: Any) -> None:
         """Attributes: kept for records, used for NumPy values, dropped for containers and tensors."""
         if type(target) is Record:
-            want(type(state) is dict, f"a {target.kind} with state {show(state)}")
+            want(type(state) is dict, f"an object of {target.kind} with state {show(state)}")
             self.spend(len(state))
-            want(all(type(name) is str for name in state), f"an attribute of a {target.kind} is not named by a string")
+            want(all(type(name) is str for name in state), f"an attribute of {target.kind} is not named by a string")
             target.values.update(state)
         elif type(target) in (NumpyDType, NumpyArray):
             build_numpy(target, state)
@@ -191,7 +192,7 @@ def _(m: Machine) -> None:
 @_op("FRAME")
 def _(m: Machine) -> None:
     if m.uint(8) > MAX_PICKLE_BYTES:
-        raise BadFile("the pickle is damaged: it claims a frame beyond any size")
+        raise damaged("it claims a frame beyond any size")
 
 
 _op("NONE")(lambda m: m.push(None))
