@@ -677,7 +677,7 @@ def attacks() -> dict[str, tuple[bytes, str]]:
         "omegaconf": (b"\x80\x02comegaconf.dictconfig\nDictConfig\n)\x81.", "omegaconf.dictconfig.DictConfig"),
         "long-name": (b"\x80\x02c" + b"a" * 5000 + b"\nb\n.", "damaged"),
         "odd-name": (b"\x80\x02c\x1b[31m\nb\n.", "\\x1b[31m.b"),
-        "class-as-value": (b"\x80\x02ccollections\nOrderedDict\n.", "collections.OrderedDict at the top level"),
+        "class-as-value": (b"\x80\x02ccollections\nOrderedDict\n.", "collections.OrderedDict at (root)"),
         "storage-as-value": (
             b"\x80\x02(" + text("storage") + b"ctorch\nFloatStorage\n" + text("s0") + text("cpu") + b"K\x01tQ.",
             "bare storage",

@@ -193,7 +193,7 @@ class Tree:
                 text = key[:200]
             else:
                 text += f"[{key[:200]!r}]" if isinstance(key, str | bytes) else f"[{key!r}]"
-        return text or "the top level"
+        return text or "(root)"
 
     def _tensor(self, spec: TensorSpec) -> TensorRef:
         storage, name = spec.storage, self._name()
