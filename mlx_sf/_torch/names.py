@@ -336,7 +336,8 @@ def find_global(module: str, name: str) -> Any:
     if module.startswith("torch.nn.") or module == "__main__":
         hint = f"it seems to hold a whole model object: {RESAVE}"
     else:
-        hint = f"only tensors, plain containers, numbers, strings and argparse.Namespace records are read; if the file is yours, {RESAVE}"
+        kinds = "tensors, plain containers, numbers, strings and argparse.Namespace records"
+        hint = f"only {kinds} are read: if the file is yours, {RESAVE}"
     raise BadFile(f"refused: the file's pickle asks for {shown}; {hint}")
 
 
