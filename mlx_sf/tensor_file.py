@@ -1,6 +1,6 @@
 """Two containers for named tensors and one text: `.npz` and `.safetensors`, streamed, checked, without surprises.
 
-`.safetensors`: the text lies under the metadata key "config", a SHA-256 of the tensor data under "sha256". `.npz`: an
+`.safetensors`: the text lies under the metadata key "config", a SHA-256 of text and tensor data under "sha256". `.npz`: an
 uncompressed zip of `.npy` members, the text as bytes in the uint8 member `__config__`; each member carries a CRC.
 Both open in `mx.load`, `.npz` also in `np.load` (bfloat16 shows there as 2-byte records).
 
@@ -137,7 +137,7 @@ def _write_safetensors(path: Path, entries: Sequence[Entry], text: str) -> None:
         start = end
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(text.encode())
     with open(path, "w+b") as f:
         f.write(struct.pack("<Q", len(head)) + head)
         for e in entries:
@@ -240,10 +240,10 @@ class TensorFile:
         return Entry(name, dtype, shape, read)
 
     def verify(self) -> None:
-        """Compare the data with the SHA-256 in the file; `MlxSfError` where they differ. (.npz: checked in reading.)"""
+        """Compare text and data with the SHA-256 in the file; `MlxSfError` where they differ. (.npz: checked in reading.)"""
         if self.container != "safetensors" or self._sha256 is None:
             return
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(self.text.encode())
         with _reading(self.path), open(self.path, "rb") as f:
             f.seek(self._data)
             while part := f.read(1 << 22):

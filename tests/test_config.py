@@ -1,0 +1,113 @@
+"""What a checkpoint says about itself: round trip, defaults equal to the published ones, refusals."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_sf.config import Config, FlowConfig, ModelConfig, SampleConfig, find_size, model_config, preset_name
+from mlx_sf.errors import MlxSfError
+
+FINITE = st.floats(0.01, 3, allow_nan=False)
+
+
+@given(
+    noise=FINITE,
+    eps=st.floats(0.001, 1),
+    cfg=st.floats(0, 20),
+    ends=st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted),
+    window=st.sampled_from([0, 2, 4, 16]),
+    names=st.lists(st.text(), min_size=3, max_size=3),
+    provenance=st.dictionaries(st.text(), st.one_of(st.text(), st.integers(), st.none())),
+)
+def test_json_round_trip(noise, eps, cfg, ends, window, names, provenance):
+    config = Config(
+        ModelConfig(img_size=16, patch_size=4, num_classes=3, window_size=window),
+        FlowConfig(noise_scale=noise, t_eps=eps),
+        SampleConfig(cfg=cfg, cfg_low=ends[0], cfg_high=ends[1]),
+        "x",
+        ("ema2",),
+        tuple(names),
+        provenance,
+    )
+    assert Config.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"patch_size": 5}, "patch_size is 5, want a divisor of img_size 256"),
+        ({"num_heads": 5}, "num_heads is 5, want a divisor of hidden_size 768"),
+        ({"num_heads": 384}, "hidden_size / num_heads is 2, want a multiple of 4"),
+        ({"depth": 0}, "depth is 0, want at least 1"),
+        ({"depth": True}, "depth is True, want a whole number"),
+        ({"num_classes": 0}, "num_classes is 0, want at least 1"),
+        ({"in_context_start": 12}, "in_context_start is 12, want a block number from 0 to 11"),
+        ({"window_size": 100}, "window_size is 100, want a divisor of img_size 256"),
+        ({"fixed_scale": 1.5}, "fixed_scale is 1.5, want a scale from 0 to 1"),
+        ({"scale_schedule": "cosine"}, "scale_schedule is 'cosine', want one of linear, fixed"),
+        ({"mask_sharpness": float("inf")}, "mask_sharpness is inf, want a finite number"),
+        ({"out_channels": 4}, "out_channels is 4, want 3, or 6"),
+        ({"attn_dropout": 1.0}, "attn_dropout is 1.0, want a probability below 1"),
+        ({"noise_scale": 0.0}, "noise_scale is 0.0, want above 0"),
+        ({"t_eps": 0.0}, "t_eps is 0.0, want above 0"),
+        ({"pred_param": "eps"}, "pred_param is 'eps', want one of x, v, hybrid"),
+        ({"hybrid_x_weight_min": 2.0}, "hybrid_x_weight_min is 2.0, want at most"),
+        ({"steps": 0}, "steps is 0, want at least 1"),
+        ({"cfg": -1.0}, "cfg is -1.0, want 0 or more"),
+        ({"cfg_low": 1.0, "cfg_high": 0.0}, "cfg_interval is (1.0, 0.0), want LOW HIGH"),
+        ({"colour": 1}, "no field is called 'colour'"),
+        ({"class_names": ("a",)}, "class_names is '1 names', want 1000 or none"),
+    ],
+)
+def test_impossible_values_are_refused(change, words):
+    with pytest.raises(MlxSfError) as e:
+        Config().replace(**change)
+    assert words in str(e.value)
+
+
+def test_replace_keeps_head_and_parameterisation_together():
+    hybrid = Config().replace(pred_param="hybrid")
+    assert hybrid.model.out_channels == 6
+    assert hybrid.replace(pred_param="v").model.out_channels == 3
+    with pytest.raises(MlxSfError, match="out_channels is 6, want 3 with pred_param x"):
+        Config(dataclasses.replace(Config().model, out_channels=6))
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", "not valid JSON"),
+        ("[]", "not an mlx-sf checkpoint"),
+        ('{"format": "other"}', "not an mlx-sf checkpoint"),
+        ('{"format": "mlx-sf checkpoint", "version": 99}', "format version 99"),
+        ('{"format": "mlx-sf checkpoint", "version": 1, "model": 3}', "configuration is int"),
+        ('{"format": "mlx-sf checkpoint", "version": 1, "flow": {"P_std": "x"}}', "P_std is 'x', want a finite number"),
+        ('{"format": "mlx-sf checkpoint", "version": 1, "weights": "ema1"}', "weights is 'ema1', want a list"),
+        ("[" * 100_000, "not valid JSON"),
+    ],
+)
+def test_foreign_json_is_refused(text, words):
+    with pytest.raises(MlxSfError) as e:
+        Config.from_json(text, "file.npz")
+    assert words in str(e.value)
+
+
+@given(st.text())
+def test_any_text_is_read_or_refused(text):
+    with pytest.raises(MlxSfError):
+        Config.from_json(text)
+
+
+def test_sizes_by_name():
+    assert find_size("JiT-B/32") == ("B", 32)
+    assert find_size("b/16") == ("B", 16)
+    assert find_size("JiT-700M") == ("700M", 32)
+    assert find_size("Small") == ("small", None)
+    assert preset_name("B", 16) == "JiT-B/16"
+    assert preset_name("2B", 32) == "JiT-2B"
+    assert model_config("small", 8, 64).grid_size == 8
+    for wrong in ("huge", "B/x", ""):
+        with pytest.raises(MlxSfError, match="is unknown, want one of nano, tiny, small, B"):
+            find_size(wrong)
