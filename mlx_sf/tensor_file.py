@@ -1,6 +1,6 @@
 """Two containers for named tensors and one text: `.npz` and `.safetensors`, streamed, checked, without surprises.
 
-`.safetensors`: the text lies under the metadata key "config", a SHA-256 of text and tensor data under "sha256". `.npz`: an
+`.safetensors`: the text lies under the metadata key "config", a SHA-256 of text and data under "sha256". `.npz`: an
 uncompressed zip of `.npy` members, the text as bytes in the uint8 member `__config__`; each member carries a CRC.
 Both open in `mx.load`, `.npz` also in `np.load` (bfloat16 shows there as 2-byte records).
 
@@ -240,7 +240,7 @@ class TensorFile:
         return Entry(name, dtype, shape, read)
 
     def verify(self) -> None:
-        """Compare text and data with the SHA-256 in the file; `MlxSfError` where they differ. (.npz: checked in reading.)"""
+        """Compare text and data with the file's SHA-256; `MlxSfError` where they differ. (.npz: checked in reading.)"""
         if self.container != "safetensors" or self._sha256 is None:
             return
         digest = hashlib.sha256(self.text.encode())
