@@ -1,0 +1,89 @@
+"""One forward pass and one whole sample, against PyTorch in the same process and the machine's product rate."""
+
+import contextlib
+import importlib.util
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..config import Config, ModelConfig, SampleConfig, model_config
+from ..device import compile_by_default
+from ..model import JiT, cast_products
+from ..sample import sample_states, seeded_noise
+from .rates import best_seconds, product_rate
+
+
+def forward_flops(c: ModelConfig) -> float:
+    """Floating-point operations of one image's forward pass: products only, two per multiplication."""
+    N, D, L = c.grid_size**2, c.hidden_size, c.in_context_len
+    flops = 2.0 * N * (3 * c.patch_size**2 * c.bottleneck_dim + c.bottleneck_dim * D)
+    for i in range(c.depth):
+        T = N + (L if i >= c.in_context_start else 0)
+        flops += 2.0 * T * (4 * D * D + 3 * D * c.mlp_hidden) + 4.0 * T * T * D + 12.0 * D * D
+    flops += 2.0 * N * D * c.patch_size**2 * c.out_channels + 4.0 * D * D
+    if c.spectral_forcing:
+        flops += 4 * 2.0 * 3 * c.img_size**2 * c.window_size
+    return flops
+
+
+def measure_forward(size: str, img_size: int, batch: int, dtype: mx.Dtype, peer: bool = True) -> dict[str, Any]:
+    """Seconds of a forward pass in MLX and, where torch is installed and wanted, in PyTorch (best settings of both)."""
+    config = model_config(size, img_size=img_size)
+    model = JiT(config)
+    model.update(cast_products(model.parameters(), dtype))
+    x, t, y = seeded_noise(range(batch), img_size), mx.full((batch,), 0.5), mx.zeros((batch,), dtype=mx.int32)
+    mx.eval(model.parameters(), x, t, y)
+    run = mx.compile(model) if compile_by_default() else model
+    mx.reset_peak_memory()
+    seconds = best_seconds(lambda: mx.eval(run(x, t, y)))
+    flops = forward_flops(config) * batch
+    rate = product_rate(dtype)
+    result: dict[str, Any] = {
+        "what": f"{size} at {img_size}, batch {batch}, {str(dtype).removeprefix('mlx.core.')}",
+        "mlx_seconds": seconds,
+        "mlx_peak_bytes": mx.get_peak_memory(),
+        "flops": flops,
+        "product_rate": rate,
+        "share_of_product_rate": flops / seconds / rate,
+    }
+    if peer and dtype == mx.float32 and importlib.util.find_spec("torch"):
+        result |= _torch_forward(config, batch)
+        result["torch_over_mlx"] = result["torch_seconds"] / seconds
+    return result
+
+
+def _torch_forward(config: ModelConfig, batch: int) -> dict[str, Any]:
+    import torch
+
+    from ..peer_torch import TorchJiT
+
+    network = TorchJiT(config).eval()
+    x = torch.from_numpy(np.asarray(seeded_noise(range(batch), config.img_size)))
+    t, y = torch.full((batch,), 0.5), torch.zeros(batch, dtype=torch.long)
+    with torch.inference_mode():
+        seconds = best_seconds(lambda: network(x, t, y))
+    return {"torch_seconds": seconds, "torch_threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def measure_sampling(size: str, img_size: int, batch: int, steps: int, dtype: mx.Dtype, cfg: float) -> dict[str, Any]:
+    """Seconds of one batch of whole samples: Heun, guidance in (0.1, 1)."""
+    config = Config(model_config(size, img_size=img_size), sample=SampleConfig("heun", steps, cfg, 0.1, 1.0))
+    model = JiT(config.model)
+    model.update(cast_products(model.parameters(), dtype))
+    noise, labels = seeded_noise(range(batch), img_size), mx.zeros((batch,), dtype=mx.int32)
+    mx.eval(model.parameters(), noise)
+
+    def run() -> None:
+        for state in sample_states(model, config, noise, labels, compile_by_default()):
+            mx.eval(state.z)
+
+    with contextlib.suppress(AttributeError):
+        mx.reset_peak_memory()
+    seconds = best_seconds(run, repeats=1, warmup=0)
+    return {
+        "what": f"{size} at {img_size}, {batch} images, {steps} Heun steps, cfg {cfg}",
+        "seconds": seconds,
+        "seconds_per_image": seconds / batch,
+        "mlx_peak_bytes": mx.get_peak_memory(),
+    }
