@@ -32,8 +32,7 @@ def _affine(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
 def _affine_vjp(primals: Any, cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     # dW comes out row-major; MLX's own rule gives a transposed view, which slows the optimiser's fused kernel
     x, weight, _bias = primals
-    g = cotangent.reshape(-1, cotangent.shape[-1])
-    return cotangent @ weight, g.T @ x.reshape(-1, x.shape[-1]), g.sum(axis=0)
+    return cotangent @ weight, cotangent.T @ x, cotangent.sum(axis=0)
 
 
 class Linear(nn.Module):
@@ -49,8 +48,8 @@ class Linear(nn.Module):
         x = x.astype(self.weight.dtype)
         if "bias" not in self:
             return x @ self.weight.T
-        out: mx.array = _affine(x, self.weight, self.bias)  # type: ignore[assignment]
-        return out
+        out: mx.array = _affine(x.reshape(-1, x.shape[-1]), self.weight, self.bias)  # type: ignore[assignment]
+        return out.reshape(*x.shape[:-1], -1)
 
 
 class RMSNorm(nn.Module):
