@@ -17,13 +17,14 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from tqdm import tqdm
 
 from ..errors import MlxSfError
 from ..files import replacing
+from ..progress import Progress
 from ..tensor_file import Entry, TensorFile, check_suffix, write_tensor_file
 
 FILE_NAME = "weights-inception-2015-12-05-6726825d.pth"
+FILE_BYTES = 95_628_359
 FILE_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 URLS = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
@@ -296,15 +297,12 @@ def _download(url: str, path: Path) -> None:
     request = urllib.request.Request(url, headers={"User-Agent": "mlx-sf"})
     digest = hashlib.sha256()
     with urllib.request.urlopen(request, timeout=30) as answer, replacing(path) as temporary:
-        total = int(answer.headers.get("Content-Length") or 0) or None
-        with (
-            open(temporary, "wb") as f,
-            tqdm(total=total, unit="B", unit_scale=True, desc="Inception weights", mininterval=1) as bar,
-        ):
+        total = int(answer.headers.get("Content-Length") or FILE_BYTES)
+        with open(temporary, "wb") as f, Progress(total >> 20, "downloading Inception weights", "MiB") as bar:
             while part := answer.read(1 << 20):
                 f.write(part)
                 digest.update(part)
-                bar.update(len(part))
+                bar.update()
         if digest.hexdigest() != FILE_SHA256:
             raise MlxSfError(f"what came from there has SHA-256 {digest.hexdigest()}, not the file's")
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from tqdm import tqdm
 
 from ..errors import MlxSfError
+from ..progress import Progress
 
 SEED = 2020  # the reference's, for the shuffle of the Inception Score and the subsets of KID
 
@@ -122,12 +122,14 @@ def kernel_distance(
     check_kid(len(x), len(y), subset_size)
     rng, kernel, m = np.random.RandomState(seed), kernel or Kernel(), subset_size
     values = np.empty(subsets)
-    for i in tqdm(range(subsets), desc="KID", unit="subset", mininterval=1, disable=not progress):
-        a = x[rng.choice(len(x), m, replace=False)].astype(np.float64)
-        b = y[rng.choice(len(y), m, replace=False)].astype(np.float64)
-        kaa, kbb, kab = kernel(a, a), kernel(b, b), kernel(a, b)
-        within = kaa.sum() - np.trace(kaa) + kbb.sum() - np.trace(kbb)
-        values[i] = within / (m * (m - 1)) - 2 * kab.sum() / m**2
+    with _progress(subsets, "KID", "subsets", progress) as bar:
+        for i in range(subsets):
+            a = x[rng.choice(len(x), m, replace=False)].astype(np.float64)
+            b = y[rng.choice(len(y), m, replace=False)].astype(np.float64)
+            kaa, kbb, kab = kernel(a, a), kernel(b, b), kernel(a, b)
+            within = kaa.sum() - np.trace(kaa) + kbb.sum() - np.trace(kbb)
+            values[i] = within / (m * (m - 1)) - 2 * kab.sum() / m**2
+            bar.update()
     return MeanStd.of(values)
 
 
@@ -152,11 +154,15 @@ def squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return d
 
 
+def _progress(total: int, what: str, unit: str, shown: bool) -> Progress:
+    return Progress(total, what, unit, after=2.0 if shown else float("inf"))
+
+
 def _blocks(n: int, size: int) -> Iterator[slice]:
     yield from (slice(i, min(i + size, n)) for i in range(0, n, size))
 
 
-def neighbour_radii(x: np.ndarray, k: int, block: int = 2048, bar: tqdm | None = None) -> np.ndarray:
+def neighbour_radii(x: np.ndarray, k: int, block: int = 2048, bar: Progress | None = None) -> np.ndarray:
     """Squared distance (N,) from each row of x (N, D) to its k-th neighbour among the others, block by block."""
     out = np.empty(len(x))
     for rows in _blocks(len(x), block):
@@ -196,7 +202,7 @@ def precision_recall(
     check_precision_recall(len(samples), len(data), k)
     b1, b2 = -(-len(samples) // block), -(-len(data) // block)
     total = b1 * b1 + b2 * b2 + b1 * b2
-    with tqdm(total=total, desc="precision/recall", unit="block", mininterval=1, disable=not progress) as bar:
+    with _progress(total, "precision/recall", "blocks", progress) as bar:
         samples_radii = neighbour_radii(samples, k, block, bar)
         data_radii = neighbour_radii(data, k, block, bar)
         sample_inside, data_inside = np.zeros(len(samples), bool), np.zeros(len(data), bool)

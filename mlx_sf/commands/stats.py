@@ -1,0 +1,37 @@
+"""`mlx-sf stats`: reference statistics of a data set."""
+
+from typing import Any
+
+import click
+
+from .. import device
+from ..metrics.inception import TAPS
+from ..metrics.reference import StatsOptions, make_statistics
+
+
+@click.command(short_help="Make reference statistics for FID from a data set.")
+@click.option("--data", help="Folder of pictures, or Hugging Face data set. [default: the built-in scenes]")
+@click.option("--img-size", type=int, required=True, help="Side of the square crops in pixels: the samples' size.")
+@click.option("--output", "-o", required=True, type=click.Path(), help="The statistics file to write, NAME.npz.")
+@click.option("--num-images", "-n", type=int, help="Use the first N pictures. [default: all; 10000 scenes]")
+@click.option("--split", default="train", show_default=True, help="Split of a Hugging Face data set.")
+@click.option("--image-column", help="Its column of pictures. [default: found]")
+@click.option("--label-column", help="Its column of labels. [default: found]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the built-in scenes.")
+@click.option("--keep-features", is_flag=True, help="Keep all features: KID and precision/recall need them.")
+@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Images at a time.")
+@click.option("--inception-weights", type=click.Path(), help="Weights file, where it cannot be downloaded.")
+@click.option("--feature-layer", type=click.Choice(list(TAPS)[:4]), default="2048", show_default=True)
+def command(feature_layer: str, **options: Any) -> None:
+    """Reference statistics of a data set, for `mlx-sf eval --ref`.
+
+    Pictures are cropped as the reference crops them (ADM's centre crop). The file holds mu and sigma, the spectrum,
+    and where it came from; torch-fidelity's fork reads it too. An interrupted run continues by the same command.
+    """
+    device.limit_cache()
+    result = make_statistics(StatsOptions(tap=feature_layer, **options), click.echo)
+    if result is not None:
+        size = options["img_size"]
+        click.echo(f"{options['output']}: statistics of {result.count} pictures at {size}x{size}")
+        if result.count is not None and result.count <= result.features.dims:
+            click.echo(f"note: fewer pictures than the {result.features.dims} dimensions: FID against it is unreliable")

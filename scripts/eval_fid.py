@@ -1,0 +1,15 @@
+#!/usr/bin/env python3
+"""The same as `mlx-sf eval`, as a script for `mlx.launch`:
+
+mlx.launch -n 2 scripts/eval_fid.py -- --ckpt model.npz --ref in256_stats.npz
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from mlx_sf.cli import main
+
+if __name__ == "__main__":
+    main(["eval", *sys.argv[1:]])
