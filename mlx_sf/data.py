@@ -137,6 +137,8 @@ def _pictures(folder: Path, skipped: Counter[str], recursive: bool = True) -> li
 
 def fingerprint(source: Source) -> str:
     """Identity of a data set as far as a resumed run can check it: names, labels and number, not pixels."""
+    if isinstance(source, CachedSource):
+        return fingerprint(source.source)
     h = hashlib.sha256(repr((source.class_names, source.size, len(source))).encode())
     if isinstance(source, FolderSource):
         for path, label in zip(source._files, source._labels, strict=True):

@@ -8,7 +8,7 @@ import itertools
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -79,7 +79,7 @@ class Loader:
         self.wait_seconds = 0.0
         self.bad: dict[int, str] = {}
 
-    def batches(self, start_step: int = 0) -> Iterator[Batch]:
+    def batches(self, start_step: int = 0) -> Generator[Batch, None, None]:
         """Batches of global steps start_step, start_step + 1, ... (counted over all epochs from 0)."""
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
         queue: deque[tuple[int, list[Future[tuple[np.ndarray, int]]]]] = deque()
@@ -98,7 +98,8 @@ class Loader:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _local(self) -> slice:
+    @property
+    def local(self) -> slice:
         """This process's positions within a global batch."""
         b = self.batch_size // self.world
         return slice(self.rank * b, (self.rank + 1) * b)
@@ -110,7 +111,7 @@ class Loader:
             order, flips = epoch_order(n, self.batch_size, self.seed, epoch)
             batch = slice(within * self.batch_size, (within + 1) * self.batch_size)
             offset = epoch * n if self.source.endless else 0
-            pairs = zip(order[batch][self._local()] + offset, flips[batch][self._local()], strict=True)
+            pairs = zip(order[batch][self.local] + offset, flips[batch][self.local], strict=True)
             yield step, [lambda i=int(i), f=bool(f): self._load(i, f) for i, f in pairs]  # type: ignore[misc]
 
     def _load(self, index: int, flip: bool) -> tuple[np.ndarray, int]:
@@ -140,7 +141,7 @@ class Loader:
             for within in range(first, self.steps_per_epoch):
                 batch = list(itertools.islice(rows, self.batch_size))
                 turned = flips[within * self.batch_size :]
-                local = range(*self._local().indices(self.batch_size))
+                local = range(*self.local.indices(self.batch_size))
                 yield (
                     epoch * self.steps_per_epoch + within,
                     [lambda b=batch, j=j, f=bool(turned[j]): self._load_row(b, j, f) for j in local],  # type: ignore[misc]

@@ -158,7 +158,8 @@ class TrainStep:
     ) -> tuple[Arrays, mx.array, mx.array | None]:
         o = self.options
         if o.world > 1:
-            gradients = nn.average_gradients(gradients)
+            # as a list: a tree of dotted names would come back nested
+            gradients = dict(zip(gradients, nn.average_gradients(list(gradients.values())), strict=True))
             loss = mx.distributed.all_sum(loss) / o.world
         norm = None
         if o.clip_grad:

@@ -43,7 +43,7 @@ def take(loader: Loader, n: int, start: int = 0) -> list[Batch]:
     try:
         return list(islice(batches, n))
     finally:
-        batches.close()  # type: ignore[attr-defined]
+        batches.close()
 
 
 def seen(batches: list[Batch]) -> list[int]:
