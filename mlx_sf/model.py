@@ -17,6 +17,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
 from .config import ModelConfig
+from .elementwise import exp, silu
 from .spectral import SpectralForcing
 
 RMS_EPS = 1e-6
@@ -109,7 +110,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, dropout: float = 0.0, key: 
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
     scores = (q.astype(mx.float32) * scale) @ k.astype(mx.float32).swapaxes(-1, -2)
     # dividing after the product with v touches d columns instead of T: cheaper on a CPU, where this branch runs
-    e = mx.exp(scores - mx.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    e = exp(scores - mx.stop_gradient(scores.max(axis=-1, keepdims=True)))
     total = e.sum(axis=-1, keepdims=True)
     if key is not None:
         e = drop(e, dropout, key)
@@ -160,7 +161,7 @@ class SwiGLU(nn.Module):
 
     def __call__(self, x: mx.array, key: mx.array | None) -> mx.array:
         a, b = mx.split(self.w12(x), 2, axis=-1)
-        return self.w3(drop(nn.silu(a) * b, self.proj_dropout, key))
+        return self.w3(drop(silu(a) * b, self.proj_dropout, key))
 
 
 class Block(nn.Module):

@@ -1,0 +1,67 @@
+"""exp and SiLU that are fast on every device.
+
+On Linux CPUs MLX evaluates `exp` one element at a time, about 25 ns each: a fifth of a forward pass. There, and only
+there, it is composed of multiplications and additions, which the compiler vectorises; relative error below 3e-7.
+Elsewhere these are MLX's own functions.
+"""
+
+import sys
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+_LN2_HIGH, _LN2_LOW = (
+    0.693359375,
+    -2.12194440e-4,
+)  # their sum is ln 2; the first has few enough bits to multiply exactly
+_ROUND = 12582912.0  # 1.5 * 2^23: adding it rounds a small float32 to a whole number, held in the low bits
+_ROUND_BITS = 0x4B400000
+
+
+def _composed(dtype: mx.Dtype) -> bool:
+    return sys.platform == "linux" and dtype == mx.float32 and mx.default_device() == mx.Device(mx.cpu)
+
+
+def exp(x: mx.array) -> mx.array:
+    """e^x. Inputs below -87 give the smallest normal number instead of a denormal or zero; above 88, about e^88."""
+    return _exp(x) if _composed(x.dtype) else mx.exp(x)  # type: ignore[return-value]
+
+
+def silu(x: mx.array) -> mx.array:
+    """x * sigmoid(x)."""
+    return _silu(x) if _composed(x.dtype) else nn.silu(x)  # type: ignore[return-value]
+
+
+def _exp_polynomial(x: mx.array) -> mx.array:
+    # e^x = 2^n e^r with n = round(x / ln 2), |r| <= ln 2 / 2
+    x = mx.clip(x, -87.0, 88.0)
+    shifted = x * 1.44269504 + _ROUND
+    n = shifted - _ROUND
+    r = (x - n * _LN2_HIGH) - n * _LN2_LOW
+    p = 1 / 720 * r + 1 / 120
+    for c in (1 / 24, 1 / 6, 1 / 2, 1.0, 1.0):
+        p = p * r + c
+    power = mx.view((mx.view(shifted, mx.int32) + (127 - _ROUND_BITS)) << 23, mx.float32)
+    return p * power
+
+
+@mx.custom_function
+def _exp(x: mx.array) -> mx.array:
+    return _exp_polynomial(x)
+
+
+@_exp.vjp
+def _exp_vjp(_: Any, cotangent: mx.array, output: mx.array) -> mx.array:
+    return cotangent * output
+
+
+@mx.custom_function
+def _silu(x: mx.array) -> mx.array:
+    return x / (1 + _exp_polynomial(-x))
+
+
+@_silu.vjp
+def _silu_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
+    s = 1 / (1 + _exp_polynomial(-x))
+    return cotangent * (s + output * (1 - s))
