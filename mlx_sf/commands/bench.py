@@ -69,6 +69,34 @@ def sample(size: str, img_size: int, batch_size: int, dtype: str | None, steps: 
 
 
 @command.command()
+@_size
+@_img
+@_batch
+@_dtype
+@click.option("--compile/--no-compile", "compiled", default=True, show_default=True)
+@click.option("--grad-checkpoint", is_flag=True, help="Recompute the blocks in the backward pass.")
+@click.option("--steps", type=click.IntRange(1), default=3, show_default=True, help="Timed steps; the best counts.")
+@click.option("--peer/--no-peer", default=True, help="Also time PyTorch, where it is installed.")
+@_json
+def train(
+    size: str,
+    img_size: int,
+    batch_size: int,
+    dtype: str | None,
+    compiled: bool,
+    grad_checkpoint: bool,
+    steps: int,
+    peer: bool,
+    as_json: bool,
+) -> None:
+    """One training step with AdamW and two EMAs, against PyTorch."""
+    from ..bench.training import measure_training
+
+    dt = pick_dtype(dtype)
+    show(measure_training(size, img_size, batch_size, dt, compiled, grad_checkpoint, steps, peer), as_json)
+
+
+@command.command()
 @click.option("--size", default="B/32", show_default=True)
 @click.option("--scratch", type=click.Path(exists=True, file_okay=False), help="Folder with room for 3 GB.")
 @_json
