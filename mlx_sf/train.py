@@ -76,7 +76,8 @@ def initial_arrays(weights: Weights) -> Arrays:
 
 def trainable(model: JiT) -> Weights:
     """The trained parameters by name, float32 (all but the position table)."""
-    return {k: w.astype(mx.float32) for k, w in tree_flatten(model.trainable_parameters())}
+    leaves: Any = tree_flatten(model.trainable_parameters())
+    return {k: w.astype(mx.float32) for k, w in leaves}
 
 
 @contextlib.contextmanager
@@ -122,13 +123,13 @@ class TrainStep:
         batch = [mx.array(images), mx.array(labels), d.drop_uniform, d.t_normal, d.noise]
         parts = self.options.accumulate
         if parts == 1:
-            return self._whole(arrays, batch, d.dropout, scalars)  # type: ignore[no-any-return]
+            return self._whole(arrays, batch, d.dropout, scalars)
         keys = [None] * parts if d.dropout is None else list(mx.random.split(d.dropout, parts))
         loss, gradients = mx.array(0.0), {k: mx.zeros(w.shape) for k, w in arrays["model"].items()}
         for key, *micro in zip(keys, *(mx.split(a, parts) for a in batch), strict=True):
             loss, gradients = self._micro(arrays["model"], loss, gradients, micro, key)
             mx.eval(loss, gradients)  # one micro-batch in memory at a time
-        return self._finish(arrays, gradients, loss, scalars)  # type: ignore[no-any-return]
+        return self._finish(arrays, gradients, loss, scalars)
 
     def _loss(self, weights: Weights, batch: list[mx.array], dropout: mx.array | None) -> mx.array:
         images, labels, drop_uniform, t_normal, noise = batch
