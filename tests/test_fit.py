@@ -1,5 +1,6 @@
 """Runs: resumed after any interruption they end equal to the bit; what cannot be continued is refused."""
 
+import errno
 import json
 import os
 import random
@@ -237,6 +238,42 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good(tmp_path: Path)
     assert "try a lower --lr" in str(e.value)
     for name in ("model", "ema1", "ema2"):
         Checkpoint(kept[-1][1]).weights(name)  # refuses what is not finite
+
+
+def test_a_full_disk_stops_with_one_line_and_loses_nothing(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.MonkeyPatch.context() as m:
+        save = files.os.fsync
+
+        def full(descriptor: int) -> None:
+            if len(step_files(tmp_path / "run")) == 1:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            save(descriptor)
+
+        m.setattr(files.os, "fsync", full)
+        with pytest.raises(MlxSfError, match=r"cannot be written \(No space left on device\)"):
+            train(tmp_path)
+    assert [s for s, _ in step_files(tmp_path / "run")] == [3]
+    assert train(tmp_path).finished
+    equal_runs(whole, tmp_path / "run", 8)
+
+
+def test_unreadable_pictures_are_named(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for i in range(6):
+        Image.new("RGB", (16, 16), (40 * i, 0, 0)).save(tmp_path / "data" / f"{i}.png")
+    (tmp_path / "data" / "3.png").write_bytes(b"no picture")
+    said: list[str] = []
+    fit(plan(options(tmp_path, data=str(tmp_path / "data"))), said.append)
+    assert f"could not read {tmp_path / 'data' / '3.png'}: not a picture that can be read" in said
+
+
+def test_yaml_and_flags(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("size: micro\npatch: 8\nimg-size: 16\nbatch-size: 4\nsteps: 5\nlr: 1e-4\n")
+    main(["train", "--config", str(tmp_path / "c.yaml"), "--steps", "1", "--output", str(tmp_path), "--name", "x"])
+    settings, _ = RunFolder(tmp_path / "x").read_config()
+    assert (settings.steps, settings.lr, settings.batch_size) == (1, 1e-4, 4)
 
 
 def test_a_damaged_checkpoint_is_named_and_not_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -192,6 +192,17 @@ def test_the_first_steps_learn_and_the_shell_keeps_no_weights() -> None:
         assert model(pixels(mx.array(images)), d.t_normal, mx.array(labels)).shape == (4, 3, 16, 16)
 
 
+def test_memory_stays_flat() -> None:
+    step, arrays = small_step()
+    used = []
+    for i in range(150):
+        images, labels, d = one_batch(step=i)
+        arrays, loss, _ = step(arrays, images, labels, d, 1e-3, i + 1, (0.9, 0.99))
+        mx.eval(arrays, loss)
+        used.append(mx.get_active_memory())
+    assert max(used[50:]) < 1.02 * max(used[10:50])
+
+
 def test_bfloat16_computes_in_it_but_keeps_float32_state() -> None:
     images, labels, d = one_batch()
     results = {}
