@@ -17,7 +17,6 @@ COMMANDS = {
     "sample": "Draw images from a checkpoint.",
     "train": "Train a model on pictures, or on the built-in scenes.",
     "info": "Say what a checkpoint, a PNG or this installation is.",
-    "bench": "Measure speed and memory on this machine.",
     "eval": "Measure FID, IS, KID, precision and recall of a checkpoint or a folder of pictures.",
     "stats": "Make reference statistics for FID from a data set.",
     "bench": "Measure speed and memory on this machine.",

@@ -125,6 +125,7 @@ class Reference:
 
     def __init__(self, o: Options, extractor: Extractor, img_size: tuple[int, int], output: Path) -> None:
         self.extractor, self.output, self.batch_size = extractor, output, o.batch_size
+        self.path = Path(o.ref).resolve()
         self.folder: PictureFolder | None = None
         self.statistics: Measured | None = None
         self.notes: list[str] = []
@@ -167,16 +168,20 @@ class Reference:
         }
         fetch = folder_fetch(self.folder, self.batch_size)
         result = measure(self.extractor.network, what, fetch, "reference", group, place, facts)
-        _keep(result, file, place)
-        return result
+        return _keep(result, file, place, keep_rows)
 
 
-def _keep(result: Measured | None, file: Path, place: Path) -> None:
-    """Write what was measured, then drop the state it was built up in."""
-    if result is not None:
-        write_statistics(file, result)
-        for p in [*place.glob("state-*.npz"), *place.glob("features-*.npy")]:
-            p.unlink(missing_ok=True)
+def _keep(result: Measured | None, file: Path, place: Path, keep_rows: bool) -> Measured | None:
+    """Write what was measured, drop the state it was built up in, and go on with what the file says.
+
+    So a run that finds the file computes to the bit what the run computed that wrote it.
+    """
+    if result is None:
+        return None
+    write_statistics(file, result)
+    for p in [*place.glob("state-*.npz"), *place.glob("features-*.npy")]:
+        p.unlink(missing_ok=True)
+    return read_statistics(file, result.provenance["tap"], keep_rows)
 
 
 # ---- an evaluation ---------------------------------------------------------------------------------------------
@@ -327,11 +332,13 @@ class Evaluation:
             )
         facts = {**describe_extractor(self.extractor), "img_size": list(self.img_size), "source": source}
         result = measure(self.extractor.network, what, fetch, run.label, self.group, place, facts)
-        _keep(result, file, place)
-        return result
+        return _keep(result, file, place, self.keep_rows)
 
     def _record(self, run: Run, metrics: Metrics, reference: Measured, seconds: float) -> None:
-        place = run.folder(self.output)
+        record = run.folder(
+            self.output / "records", ref=str(self.reference.path), choices=dataclasses.asdict(self.choices)
+        )
+        record = record.with_name(record.name + ".json")
         title = f"{run.label}: {self.count} images"
         config = run.config
         if config is not None:
@@ -347,11 +354,11 @@ class Evaluation:
             "steps": config.sample.steps, "seed": self.o.seed,
         }  # fmt: skip
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        report.write_json(place / "record.json", {
+        report.write_json(record, {
             "time": now, "label": run.label, "metrics": report.as_dict(metrics),
             "options": dataclasses.asdict(self.o), "settings": run.settings,
             "choices": dataclasses.asdict(self.choices),
-            "reference": {"where": str(Path(self.o.ref).resolve()), "sha256": _sha256_of(self.o.ref),
+            "reference": {"where": str(self.reference.path), "sha256": _sha256_of(self.o.ref),
                           "count": reference.count, "provenance": dict(reference.provenance)},
             "inception": {"path": self.extractor.path, "sha256": self.extractor.sha256},
             "checkpoint_sha256": _sha256_of(self.checkpoint.path) if self.checkpoint is not None else None,
@@ -362,9 +369,9 @@ class Evaluation:
         samples = str(self.checkpoint.path) if self.checkpoint is not None else self.o.samples
         report.append_row(self.table, metrics, {
             **sampler, "time": now, "label": run.label, "samples": samples, "reference": self.o.ref,
-            "feature_layer": self.o.tap, "record": str(place / "record.json"),
+            "feature_layer": self.o.tap, "record": str(record),
         })  # fmt: skip
-        self._say(f"  record: {place / 'record.json'}, table: {self.table}")
+        self._say(f"  record: {record}, table: {self.table}")
 
     def _plot(self) -> None:
         sweep = [(r.config.sample.cfg, r.config.weights[0], m) for r, m in self.results if r.config is not None]

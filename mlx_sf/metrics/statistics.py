@@ -136,7 +136,7 @@ def _gaussian(path: Path, arrays: Mapping[str, np.ndarray], mu_name: str, sigma_
     sigma = (sigma + sigma.T) / 2
     # the factor is needed for every comparison, and shows whether sigma has a root at all
     factor = covariance_factor(Gaussian(mu, sigma))
-    missing = float(np.trace(sigma)) - float(np.square(factor).sum())
+    missing = abs(float(np.trace(sigma)) - float(np.square(factor).sum()))
     if missing > 1e-4 * max(float(np.trace(sigma)), 1e-300):
         raise MlxSfError(f"{path}: {sigma_name} has negative eigenvalues: not a covariance")
     return Gaussian(mu, sigma, count, factor)
