@@ -156,6 +156,17 @@ def test_resume_with_accumulation_on_a_folder_in_mid_epoch(tmp_path: Path) -> No
     assert config.weights == ("model", "ema1", "ema2")
 
 
+@pytest.mark.slow  # a minute of g++
+def test_resume_of_a_compiled_step(tmp_path: Path) -> None:
+    train(tmp_path / "a", compile=True)
+    with pytest.MonkeyPatch.context() as m:
+        kill_at(m, 5)
+        with pytest.raises(KilledError):
+            train(tmp_path / "b", compile=True)
+    assert train(tmp_path / "b", compile=True).finished
+    equal_runs(tmp_path / "a" / "run", tmp_path / "b" / "run", 8)
+
+
 def test_a_finished_run_is_left_alone_and_can_be_lengthened(whole: Path, tmp_path: Path) -> None:
     train(tmp_path, steps=6)
     before = content(tmp_path / "run", 6)
