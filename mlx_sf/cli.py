@@ -16,6 +16,7 @@ COMMANDS = {
     "convert": "Turn a PyTorch checkpoint (.pth) into one self-describing .npz or .safetensors file.",
     "sample": "Draw images from a checkpoint.",
     "train": "Train a model on pictures, or on the built-in scenes.",
+    "export": "One weight set of a run as a small file to share.",
     "info": "Say what a checkpoint, a PNG or this installation is.",
     "eval": "Measure FID, IS, KID, precision and recall of a checkpoint or a folder of pictures.",
     "stats": "Make reference statistics for FID from a data set.",
