@@ -205,40 +205,34 @@ def test_what_a_run_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 # ------------------------------------------------------------------------------------------------- refusals
 
 
-def refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as e:
-        main(["train", *arguments])
-    error = capsys.readouterr().err
-    assert e.value.code == 1
-    assert message in error
-    assert error.count("\n") == 1
+Refused = Callable[..., str]
 
 
-def test_resume_refuses_what_is_not_a_run(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_refuses_what_is_not_a_run(whole: Path, tmp_path: Path, refused: Refused) -> None:
     file = next(whole.glob("*.safetensors"))
-    refused(["--resume", str(file)], f"is a file, want a run's folder: pass --resume {whole}", capsys)
-    refused(["--resume", str(whole.parent / "rum")], f"no such folder ({whole.parent} holds run)", capsys)
-    refused(["--resume", str(whole.parent)], f"has no config.yaml but run: did you mean {whole}?", capsys)
-    refused(["--resume", str(tmp_path)], "is not a run, it has no config.yaml but nothing", capsys)
-    refused(["--resume", str(whole), "--name", "x"], "leave --name and --output out", capsys)
+    refused(f"is a file, want a run's folder: pass --resume {whole}", "train", "--resume", str(file))
+    refused(f"no such folder ({whole.parent} holds run)", "train", "--resume", str(whole.parent / "rum"))
+    refused(f"has no config.yaml but run: did you mean {whole}?", "train", "--resume", str(whole.parent))
+    refused("is not a run, it has no config.yaml but nothing", "train", "--resume", str(tmp_path))
+    refused("leave --name and --output out", "train", "--resume", str(whole), "--name", "x")
 
 
-def test_a_changed_run_is_refused(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_changed_run_is_refused(whole: Path, tmp_path: Path, refused: Refused) -> None:
     lr = "was started with --lr 7.8125e-07, got 0.01: leave it out to continue"
-    refused(["--resume", str(whole), "--lr", "0.01"], lr, capsys)
-    refused(["--resume", str(whole), "--vanilla"], "was started with --vanilla False, got True", capsys)
+    refused(lr, "train", "--resume", str(whole), "--lr", "0.01")
+    refused("was started with --vanilla False, got True", "train", "--resume", str(whole), "--vanilla")
     data = tmp_path / "data"
     data.mkdir()
     for i in range(4):
         Image.new("RGB", (16, 16)).save(data / f"{i}.png")
     train(tmp_path, data=str(data), steps=1)
     Image.new("RGB", (16, 16)).save(data / "9.png")
-    refused(["--resume", str(tmp_path / "run")], "its data has changed", capsys)
+    refused("its data has changed", "train", "--resume", str(tmp_path / "run"))
 
 
-def test_a_second_process_is_refused(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_process_is_refused(whole: Path, refused: Refused) -> None:
     with RunFolder(whole).locked():
-        refused(["--resume", str(whole)], f"process {os.getpid()} is training this run already", capsys)
+        refused(f"process {os.getpid()} is training this run already", "train", "--resume", str(whole))
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good(tmp_path: Path) -> None:
@@ -287,13 +281,13 @@ def test_yaml_and_flags(tmp_path: Path) -> None:
     assert (settings.steps, settings.lr, settings.batch_size) == (1, 1e-4, 4)
 
 
-def test_a_damaged_checkpoint_is_named_and_not_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_checkpoint_is_named_and_not_skipped(tmp_path: Path, refused: Refused) -> None:
     train(tmp_path)
     newest = tmp_path / "run" / "checkpoint-00000008.safetensors"
     data = bytearray(newest.read_bytes())
     data[-100] ^= 1
     newest.write_bytes(data)
-    refused(["--resume", str(tmp_path / "run")], "delete it to continue from checkpoint-00000006", capsys)
+    refused("delete it to continue from checkpoint-00000006", "train", "--resume", str(tmp_path / "run"))
     newest.unlink()
     assert train(tmp_path).step == 8
 
@@ -316,15 +310,11 @@ def test_a_damaged_checkpoint_is_named_and_not_skipped(tmp_path: Path, capsys: p
     ids=lambda v: " ".join(v) if isinstance(v, list) else None,
 )
 def test_bad_options(
-    arguments: list[str],
-    message: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str], message: str, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     small = [] if "--size" in arguments else ["--size", "nano", "--patch", "8", "--img-size", "16"]
-    refused([*small, "--output", str(tmp_path), *arguments], message, capsys)
+    refused(message, "train", *small, "--output", tmp_path, *arguments)
 
 
 def test_dry_run_measures_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -363,15 +353,15 @@ def test_init_keeps_what_fits_and_says_what_it_made_anew(whole: Path, tmp_path: 
 
 
 def test_init_with_the_same_classes_keeps_the_table_and_refuses_another_size(
-    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    whole: Path, tmp_path: Path, refused: Refused
 ) -> None:
     given = options(tmp_path, init=str(whole), steps=1, lr=1e-30, img_size=None, patch=None, size=None)
     fit(plan(given), lambda line: None)
     a, b = load_model(whole)[0], load_model(tmp_path / "run", "model")[0]
     x, t, y = mx.random.normal((1, 3, 16, 16), key=mx.random.key(0)), mx.array([0.3]), mx.array([4])
     assert mx.array_equal(a(x, t, y), b(x, t, y))
-    refused(["--init", str(whole), "--size", "tiny"], "cannot change its size", capsys)
-    refused(["--init", str(whole), "--patch", "4"], "the network of --init has 8", capsys)
+    refused("cannot change its size", "train", "--init", str(whole), "--size", "tiny")
+    refused("the network of --init has 8", "train", "--init", str(whole), "--patch", "4")
 
 
 # ------------------------------------------------------------------------------------------- other processes
