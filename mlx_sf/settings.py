@@ -207,6 +207,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     found = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
+        if name == "data_fingerprint":  # a run's own config.yaml serves as a recipe, too
+            continue
         if name not in KINDS:
             near = difflib.get_close_matches(name, KINDS, 1)
             hint = f": did you mean {near[0]!r}?" if near else ": see mlx-sf train --help"

@@ -279,6 +279,8 @@ def test_yaml_and_flags(tmp_path: Path) -> None:
     main(["train", "--config", str(tmp_path / "c.yaml"), "--steps", "1", "--output", str(tmp_path), "--name", "x"])
     settings, _ = RunFolder(tmp_path / "x").read_config()
     assert (settings.steps, settings.lr, settings.batch_size) == (1, 1e-4, 4)
+    main(["train", "--config", str(tmp_path / "x" / "config.yaml"), "--name", "again"])  # a run's own serves as well
+    assert (tmp_path / "again" / "checkpoint-00000001.safetensors").exists()
 
 
 def test_a_damaged_checkpoint_is_named_and_not_skipped(tmp_path: Path, refused: Refused) -> None:
