@@ -16,6 +16,7 @@ import numpy as np
 from . import __version__
 from .config import Config
 from .device import compile_by_default
+from .distributed import World
 from .errors import MlxSfError
 from .files import check_writable, replacing, writable_folder
 from .image import grid, image_name, save_png
@@ -96,10 +97,17 @@ def batches(n: int, batch_size: int) -> Iterator[range]:
     return (range(i, min(i + batch_size, n)) for i in range(0, n, batch_size))
 
 
-def generate(model: JiT, config: Config, request: Request, batch_size: int) -> Iterator[tuple[Sequence[int], State]]:
-    """States of all batches, one after another, each with the numbers of its images; evaluated."""
+def my_batches(n: int, batch_size: int, world: World) -> list[range]:
+    """The batches of this process: every `world.size`-th, as in the reference's evaluation."""
+    return list(batches(n, batch_size))[world.rank :: world.size]
+
+
+def generate(
+    model: JiT, config: Config, request: Request, batch_size: int, world: World | None = None
+) -> Iterator[tuple[Sequence[int], State]]:
+    """States of this process's batches, one after another, each with the numbers of its images; evaluated."""
     compiled = compile_by_default()
-    for numbers in batches(len(request), batch_size):
+    for numbers in my_batches(len(request), batch_size, world or World()):
         # a compiled function has one entry per shape: fill the last batch up, and drop what is too much
         padded = list(numbers) + [numbers[-1]] * (min(batch_size, len(request)) - len(numbers)) * compiled
         if request.noise is not None:
@@ -139,13 +147,22 @@ class Output:
     """Where finished images go: a folder of PNGs, one PNG, or an .npy of unclipped float32 (N, 3, H, W).
 
     Opening it proves that it can be written. `add` takes images as they are finished, `close` completes the files.
+    Of several processes each writes its own PNGs; what is one file comes together on rank 0.
     """
 
-    def __init__(self, path: str | os.PathLike[str], request: Request, sheet: bool = False) -> None:
-        self.path, self.request, self.sheet = Path(path), request, sheet
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        request: Request,
+        img_size: int,
+        sheet: bool = False,
+        world: World | None = None,
+    ) -> None:
+        self.path, self.request, self.sheet, self.world = Path(path), request, sheet, world or World()
         self.kind = self.path.suffix if self.path.suffix in (".npy", ".png") and not self.path.is_dir() else "folder"
         self.written: list[Path] = []
         self._arrays: dict[int, np.ndarray] = {}
+        self._shape = (3, img_size, img_size) if self.kind == ".npy" else (img_size, img_size, 3)
         if self.kind == "folder":
             if self.path.suffix and not self.path.exists() and self.path.suffix.lower() in (".jpg", ".jpeg", ".npz"):
                 raise MlxSfError(f"{path}: pictures are written as .png or .npy, or into a folder")
@@ -172,7 +189,9 @@ class Output:
                 self._arrays[i] = picture
 
     def close(self, describe: Any) -> list[Path]:
-        ordered = [self._arrays[i] for i in sorted(self._arrays)]
+        ordered = self._gathered()
+        if not self.world.main:
+            return self.written
         if self.kind == ".npy":
             with replacing(self.path) as temporary, open(temporary, "wb") as f:
                 np.save(f, np.stack(ordered))
@@ -184,6 +203,16 @@ class Output:
             save_png(self.path / "grid.png", grid(ordered), {**describe(0), "images": len(ordered)})
             self.written.append(self.path / "grid.png")
         return self.written
+
+    def _gathered(self) -> list[np.ndarray]:
+        """The images that go into one file, in order, from all processes."""
+        if self.world.size > 1 and (self.kind != "folder" or self.sheet):
+            shape, dtype = self._shape, np.float32 if self.kind == ".npy" else np.uint8
+            mine = np.zeros((len(self.request), *shape), np.float32)
+            for i, array in self._arrays.items():
+                mine[i] = array
+            return list(np.asarray(mx.distributed.all_sum(mx.array(mine))).astype(dtype))
+        return [self._arrays[i] for i in sorted(self._arrays)]
 
 
 class Stepwise:

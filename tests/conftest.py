@@ -23,6 +23,23 @@ PARITY = Path(__file__).parent / "golden" / "parity"
 MODELS = ("forced", "vanilla", "hybrid", "noctx", "head64")
 
 
+SHARES: dict[str, list[float]] = {}  # group -> errors as shares of their tolerances
+
+
+def group_of(file: str, name: str) -> str:
+    what = {"forward": "outputs and velocities", "loss": "losses and states", "train": "trajectories"}.get(file, "")
+    what = "gradients" if "/grad/" in name else "states" if file == "sample" else what
+    return f"{file}.npz {what}".strip()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How near the golden numbers this run was: the figures of the README's parity table."""
+    if SHARES:
+        terminalreporter.section("parity: largest error as a share of its tolerance")
+    for group, shares in sorted(SHARES.items()):
+        terminalreporter.write_line(f"{group:<36} {len(shares):4d} comparisons, at most {max(shares):6.1%}")
+
+
 class Golden:
     """The arrays, settings and tolerances of tests/golden/parity."""
 
@@ -47,6 +64,7 @@ class Golden:
             return
         tolerance = self.tolerances[f"{file}.npz"][name][2]
         error = float(np.abs(got.astype(np.float64) - want).max())
+        SHARES.setdefault(group_of(file, name), []).append(error / tolerance)
         assert error <= tolerance, f"{file}/{name}: off by {error:.2e}, tolerance {tolerance:.2e}"
 
 

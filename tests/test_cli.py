@@ -229,3 +229,43 @@ def test_info_about_this_installation(cli):
     for words in ("mlx-sf", "device", "BLAS", "memory"):
         assert words in out
     assert math.isfinite(len(json.loads(cli("info", "--json")[1])))
+
+
+def test_processes_share_the_work(forced, tmp_path):
+    """Two processes over loopback draw what one draws: PNGs, and one .npy from both."""
+    import os
+    import socket
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    with socket.socket() as a, socket.socket() as b:
+        a.bind(("127.0.0.1", 0))
+        b.bind(("127.0.0.1", 0))
+        ports = [s.getsockname()[1] for s in (a, b)]
+    hosts = tmp_path / "hosts.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{p}"] for p in ports]))
+    root = str(Path(__file__).parent.parent)
+
+    def draw(output, ranks):
+        arguments = ["sample", "--ckpt", str(forced), "-n", "5", "--steps", "2", "--batch-size", "2", "-o", str(output)]
+        several = {"MLX_HOSTFILE": str(hosts)} if ranks > 1 else {}
+        running = [
+            subprocess.Popen(
+                [sys.executable, "-m", "mlx_sf.cli", *arguments],
+                env={**os.environ, "PYTHONPATH": root, **several, **({"MLX_RANK": str(r)} if several else {})},
+                stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL,
+            )
+            for r in range(ranks)
+        ]  # fmt: skip
+        for process in running:
+            _, err = process.communicate(timeout=100)
+            assert process.returncode == 0, err
+
+    draw(tmp_path / "one.npy", 1)
+    draw(tmp_path / "two.npy", 2)
+    one, two = np.load(tmp_path / "one.npy"), np.load(tmp_path / "two.npy")
+    assert one.shape == two.shape == (5, 3, 32, 32)
+    np.testing.assert_allclose(two, one, atol=1e-5)
+    draw(tmp_path / "folder", 2)
+    assert sorted(p.name for p in (tmp_path / "folder").iterdir()) == [f"0000{i}.png" for i in range(5)]

@@ -9,6 +9,7 @@ from .. import generate as g
 from ..checkpoint import Checkpoint, demo_checkpoint, load_model, resolve
 from ..config import Config
 from ..device import DTYPES, default_dtype, limit_cache, pick_dtype
+from ..distributed import World
 from ..errors import MlxSfError
 from ..files import writable_folder
 from ..progress import Progress
@@ -71,7 +72,8 @@ def command(
     config = _with_solver(checkpoint.config, **solver)
     checkpoint.pick(weights)
     request = g.make_request(config, classes, num_images, seed, noise)
-    out = g.Output(output, request, grid)
+    world = World.join()
+    out = g.Output(output, request, config.model.img_size, grid, world)
     steps = g.Stepwise(config.sample.steps) if stepwise else None
     strips = writable_folder(out.path if out.kind == "folder" else out.path.parent)
     model, loaded = load_model(checkpoint, weights, pick_dtype(dtype))
@@ -80,9 +82,9 @@ def command(
     def describe(i: int) -> dict[str, Any]:
         return g.metadata(config, request, i, str(checkpoint.path), dtype or default_dtype())
 
-    batch_count = len(list(g.batches(len(request), batch_size)))
+    batch_count = len(g.my_batches(len(request), batch_size, world))
     with Progress(batch_count * config.sample.steps, f"sampling {len(request)} images", "steps") as bar:
-        for numbers, state in g.generate(model, config, request, batch_size):
+        for numbers, state in g.generate(model, config, request, batch_size, world):
             bar.update()
             if steps is not None:
                 steps.add(numbers, state)
@@ -91,7 +93,10 @@ def command(
                 if steps is not None:
                     steps.save(strips, describe)
     written = out.close(describe)
-    click.echo(f"{len(request)} images: {written[0]}" + (f" ... {written[-1]}" if len(written) > 1 else ""))
+    share = "" if world.size == 1 else f" (process {world.rank + 1} of {world.size} wrote {len(written)})"
+    if written:
+        through = f" ... {written[-1]}" if len(written) > 1 else ""
+        click.echo(f"{len(request)} images: {written[0]}{through}{share}")
 
 
 def _with_solver(
