@@ -1,6 +1,7 @@
 """`mlx-sf bench`: how fast, and with how much memory, on this machine."""
 
 import json
+import os
 from typing import Any
 
 import click
@@ -105,3 +106,18 @@ def convert(size: str, scratch: str | None, as_json: bool) -> None:
     from ..bench.convert import measure_conversion
 
     show(measure_conversion(scratch, size), as_json)
+
+
+@command.command()
+@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Timed batches; the best counts.")
+@click.option("--img-size", type=int, default=256, show_default=True)
+@click.option("--num-images", "-n", type=int, default=50_000, show_default=True, help="Of the memory measurement.")
+@click.option("--peer/--no-peer", default=True, help="Also time torch-fidelity, where it is installed.")
+@_json
+def fid(batch_size: int, rounds: int, img_size: int, num_images: int, peer: bool, as_json: bool) -> None:
+    """Inception features and the Fréchet distance, against torch-fidelity; memory of 50,000 images."""
+    os.environ.setdefault("MLX_ENABLE_TF32", "0")
+    from ..bench.fid import measure_fid
+
+    show(measure_fid(batch_size, rounds, img_size, num_images, peer), as_json)

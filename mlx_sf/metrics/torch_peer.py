@@ -88,7 +88,9 @@ def fidelity_metrics(
     return metrics
 
 
-def fidelity_extractor(weights: Mapping[str, np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+def fidelity_extractor(
+    weights: Mapping[str, np.ndarray], channels_last: bool = False
+) -> Callable[[np.ndarray], np.ndarray]:
     """torch-fidelity's network as a function: pictures (B, H, W, 3) uint8 -> features (B, 2048)."""
     _import()
     import torch
@@ -102,10 +104,14 @@ def fidelity_extractor(weights: Mapping[str, np.ndarray]) -> Callable[[np.ndarra
         network = FeatureExtractorInceptionV3(
             "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
         )
+    if channels_last:
+        network = network.to(memory_format=torch.channels_last)
 
     def features(images: np.ndarray) -> np.ndarray:
         with torch.no_grad():
             x = torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, 3, 1)))
+            if channels_last:
+                x = x.contiguous(memory_format=torch.channels_last)
             out: np.ndarray = network(x)[0].numpy()
             return out
 
