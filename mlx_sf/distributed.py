@@ -1,11 +1,15 @@
 """Several processes under `mlx.launch`: who am I, and what does the first process say?"""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
+
+from .errors import MlxSfError
 
 
 class World:
@@ -43,3 +47,13 @@ class World:
     def any(self, value: bool) -> bool:
         """Whether any rank says so."""
         return value if self.size == 1 else mx.distributed.all_sum(mx.array(int(value))).item() != 0
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """A process that went away becomes one clear line in the others."""
+        try:
+            yield
+        except RuntimeError as e:
+            if self.size == 1 or ("ring" not in str(e).lower() and "peer" not in str(e).lower()):
+                raise
+            raise MlxSfError(f"process {self.rank} of {self.size} lost the others ({e}): start all again") from None

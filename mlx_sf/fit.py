@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -98,24 +99,23 @@ def shared_plan(given: Mapping[str, Any], resume: str | None, world: World) -> P
     """`plan` on rank 0, its decisions on every rank; each opens the data, which must be the same, by itself."""
     if world.size == 1:
         return plan(given, resume)
-    p = plan(given, resume) if world.main else None
-    decided = world.share(
-        p
-        and [
-            dataclasses.asdict(p.settings),
-            p.config.to_json(),
-            p.continuing,
-            str(p.folder.path),
-            fingerprint(p.source),
-        ]
-    )
-    if p is not None:
+    if world.main:
+        try:
+            p = plan(given, resume)
+        except (MlxSfError, OSError):
+            world.share(None)  # the others must not wait for a plan that never comes
+            raise
+        decisions = [dataclasses.asdict(p.settings), p.config.to_json(), p.continuing, str(p.folder.path)]
+        world.share([*decisions, fingerprint(p.source)])
         return p
-    settings, config = Settings(**decided[0]), Config.from_json(decided[1])
-    source = _open(settings, config.model.img_size)
+    decided = world.share(None)
+    if decided is None:
+        sys.exit(1)  # rank 0 says why
+    s, config = Settings(**decided[0]), Config.from_json(decided[1])
+    source = _open(s, config.model.img_size)
     if fingerprint(source) != decided[4]:
         raise MlxSfError(f"process {world.rank}: {source.describe()} is not the data of process 0: copy it over")
-    return Plan(settings, RunFolder(decided[3]), source, config, decided[2], [])
+    return Plan(s, RunFolder(decided[3]), source, config, decided[2], [])
 
 
 def _run_path(given: Mapping[str, Any]) -> Path:

@@ -399,16 +399,25 @@ def test_thirty_times_kill_minus_nine(tmp_path: Path) -> None:
     killed_loop(tmp_path / "killed", tmp_path / "whole" / "run", 30, 60, **changes)
 
 
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    script = tmp_path / "train.py"
+def launched(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`mlx-sf train` in two processes on this machine, under MLX's launcher."""
+    script = folder / "train.py"
     script.write_text("from mlx_sf.cli import main\nmain()\n")
-    root = str(Path(__file__).parent.parent)
     launch = [str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--backend", "ring", "-p", "41873"]
-    launch += ["--python", sys.executable, str(script), "train"]
-    environment = {**os.environ, "PYTHONPATH": root}
-    done = subprocess.run(
-        launch + flags(tmp_path / "two", steps=2), env=environment, capture_output=True, text=True, timeout=120
-    )
+    command = [*launch, "--python", sys.executable, str(script), "train", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.slow
+def test_an_error_in_one_of_two_processes_is_one_line(tmp_path: Path) -> None:
+    done = launched(tmp_path, "--lr", "-1")
+    assert "--lr is -1.0, want above 0" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    done = launched(tmp_path, *flags(tmp_path / "two", steps=2))
     assert (tmp_path / "two" / "run").exists(), done.stdout + done.stderr
     train(tmp_path / "one", size="nano", steps=2)
     one, two = (dict(step_files(tmp_path / d / "run")) for d in ("one", "two"))

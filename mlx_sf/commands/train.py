@@ -48,11 +48,12 @@ def command(config_file: str | None, resume: str | None, dry: bool, **options: A
     if resume is not None and ("name" in given or "output" in given):
         raise MlxSfError("--resume: names the run already: leave --name and --output out")
     world = World.join()
-    p = shared_plan(given, resume, world)
-    if dry:
-        click.echo(dry_run(p))
-        return
-    outcome = fit(p, say, world)
+    with world.together():
+        p = shared_plan(given, resume, world)
+        if dry:
+            click.echo(dry_run(p))
+            return
+        outcome = fit(p, say, world)
     if not world.main:
         return
     where = f"{p.folder.path}: step {outcome.step} of {p.settings.steps}"
