@@ -261,7 +261,7 @@ class _Run:
         self.trainer, self.say = trainer, say
         self.settings, self.folder = trainer.settings, trainer.plan.folder
         self.named_bad = 0
-        self.plotted = time.monotonic()
+        self.saved = self.plotted = time.monotonic()
 
     def train(self) -> Outcome:
         t, s, path = self.trainer, self.settings, self.folder.path
@@ -288,7 +288,7 @@ class _Run:
                         if log:
                             log.write(line, speed.line(n, t.loader.wait_seconds))
                     stop = t.world.any(bool(stopped))
-                    if main and (n % s.save_every == 0 or n == steps or stop):
+                    if main and (n % s.save_every == 0 or n == steps or stop or self.overdue()):
                         self.save()
                     if main and s.preview_every and (n % s.preview_every == 0 or n == steps) and not stop:
                         self.preview()
@@ -300,9 +300,14 @@ class _Run:
             self.plot()
         return self.outcome()
 
+    def overdue(self) -> bool:
+        """Whether the last save is so long ago that a crash would hurt. When a run saves never changes its results."""
+        return 0 < 60 * self.settings.save_minutes < time.monotonic() - self.saved
+
     def save(self) -> None:
         t = self.trainer
         path = self.folder.save(t.arrays, t.fixed, t.config, t.position, self.settings.keep)
+        self.saved = time.monotonic()
         lines = report.read_lines(self.folder.path / "metrics.jsonl")
         loss = f"loss {lines[-1]['loss']:.4f}, " if lines else ""
         share = initial_share(t.decays()[0], t.position.step, bool(self.settings.ema_warmup))

@@ -118,6 +118,7 @@ class Settings:
         None, "Name of the run; the same name again continues it. [default: from model and data]"
     )
     save_every: int = _option(500, "Steps between checkpoints.")
+    save_minutes: float = _option(15.0, "Save also when this much time has passed since the last save; 0 is never.")
     keep: int = _option(2, "Checkpoints to keep, newest first; 0 keeps all.")
     log_every: int = _option(10, "Steps between lines in metrics.jsonl.")
     preview_every: int = _option(500, "Steps between preview pictures; 0 is never.")
@@ -135,7 +136,7 @@ class Settings:
             _require(getattr(self, name) is None or getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("lr", "blr", "epochs"):
             _require(getattr(self, name) is None or getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        for name in ("keep", "preview_every", "weight_decay", "clip_grad", "min_lr"):
+        for name in ("keep", "save_minutes", "preview_every", "weight_decay", "clip_grad", "min_lr"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         for name in ("beta1", "beta2", "ema_decay1", "ema_decay2"):
             _require(0 <= (getattr(self, name) or 0) < 1, name, getattr(self, name), "from 0 to below 1")
@@ -150,7 +151,7 @@ class Settings:
 
 # options that may differ when a run is continued: they do not touch what the steps so far have computed
 CHANGEABLE = {
-    "epochs", "steps", "workers", "cache", "data", "output", "name", "save_every", "keep", "log_every",
+    "epochs", "steps", "workers", "cache", "data", "output", "name", "save_every", "save_minutes", "keep", "log_every",
     "preview_every", "preview_images", "preview_steps", "cfg", "report_to",
 }  # fmt: skip
 

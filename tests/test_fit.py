@@ -175,6 +175,11 @@ def test_a_finished_run_is_left_alone_and_can_be_lengthened(whole: Path, tmp_pat
     assert train(tmp_path, steps=8).step == 8
 
 
+def test_saves_by_the_clock_as_well(tmp_path: Path) -> None:
+    train(tmp_path, steps=3, save_every=100, save_minutes=1e-6)
+    assert [n for n, _ in step_files(tmp_path / "run")] == [1, 2, 3]
+
+
 def test_sampling_from_a_run(whole: Path, tmp_path: Path) -> None:
     for weights in ("model", "ema1", "ema2"):
         model, config = load_model(whole, weights)
