@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """The same as `mlx-sf eval`, as a script for `mlx.launch`:
 
-mlx.launch -n 2 scripts/eval_fid.py -- --ckpt model.npz --ref in256_stats.npz
+mlx.launch -n 2 scripts/eval_fid.py --ckpt model.npz --ref in256_stats.npz --num-images 50000
+
+(`mlx.launch` takes `-n` for itself wherever it stands: write `--num-images` in full.)
 """
 
 import sys

@@ -39,6 +39,11 @@ def test_torch_files(tmp_path: Path, layout: str) -> None:
     state["Conv2d_1a_3x3.bn.num_batches_tracked"] = torch.tensor(0)
     torch.save(state, tmp_path / "w.pth", _use_new_zipfile_serialization=layout == "zip")
     assert w.content_sha256(w.load_inception(tmp_path / "w.pth")) == SHA
+    assert w.is_inception_file(tmp_path / "w.pth")
+    line = w.convert_inception_file(tmp_path / "w.pth", tmp_path / "w.safetensors")
+    assert SHA in line
+    assert "other weights than the public file's" in line
+    assert w.content_sha256(w.load_inception(tmp_path / "w.safetensors")) == SHA
 
 
 def changed(**changes: Any) -> dict[str, Any]:
@@ -70,6 +75,7 @@ def test_other_networks_are_refused(changes: dict[str, Any], message: str) -> No
 
 def test_key_recognition() -> None:
     assert w.is_inception_state_dict(w.inception_shapes())
+    assert not w.is_inception_file("/no/such/file.pth")
     assert not w.is_inception_state_dict(["blocks.0.attn.qkv.weight", "fc.weight"])
 
 

@@ -229,6 +229,27 @@ def load_inception(path: str | os.PathLike[str] | None = None) -> dict[str, np.n
         return convert_inception(root, str(path))
 
 
+def is_inception_file(path: str | os.PathLike[str]) -> bool:
+    """Whether a `torch.save` file holds an Inception network; False also for what cannot be read as one."""
+    from ..torch_file import open_torch_file
+
+    try:
+        with open_torch_file(Path(path)) as file:
+            return isinstance(file.root, Mapping) and is_inception_state_dict(file.root)
+    except MlxSfError:
+        return False
+
+
+def convert_inception_file(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> str:
+    """Convert Inception weights to an `.npz` or `.safetensors` file. One line about it, for the console."""
+    check_suffix(target)
+    weights = load_inception(source)
+    public = _file_sha256(Path(source)) == FILE_SHA256
+    save_inception(target, weights, Path(source).name)
+    what = "the public FID Inception" if public else "an FID Inception with other weights than the public file's"
+    return f"{target}: {what}, {len(weights)} tensors, content SHA-256 {content_sha256(weights)}"
+
+
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     """Arrays of an .npz made here or by hand (`np.savez(path, **state_dict)`)."""
     try:

@@ -6,6 +6,7 @@ the float64 mean, the spectrum, on request the features, and where everything ca
 
 import json
 import os
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -166,6 +167,9 @@ def check_comparable(measured: Mapping[str, Any], reference: Measured) -> list[s
     facts, notes = reference.provenance, []
     size = facts.get("img_size")
     if size is None:
+        named = re.search(r"in(\d{3,4})_", Path(reference.where).name)  # as in jit_in256_stats.npz
+        if named and int(named[1]) != measured["img_size"][0]:
+            notes.append(f"{reference.where} is named after {named[1]}-pixel images, the samples are of another size")
         notes.append(
             f"{reference.where} does not say the image size, the number of images or the network it was made with"
         )
