@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 
 _loaded: str | None = None
+_library: ctypes.CDLL | None = None
 
 
 def _candidates() -> list[str]:
@@ -28,7 +29,7 @@ def preload() -> None:
 
     Warns once where the CPU back end would run without one. Does nothing off Linux or after `mlx.core` was imported.
     """
-    global _loaded
+    global _loaded, _library
     if not sys.platform.startswith("linux") or _loaded is not None:
         return
     if "mlx.core" in sys.modules:
@@ -36,7 +37,7 @@ def preload() -> None:
         return
     for name in _candidates():
         try:
-            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+            _library = ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
         except OSError:
             continue
         _loaded = name
@@ -49,6 +50,13 @@ def preload() -> None:
             RuntimeWarning,
             stacklevel=3,
         )
+
+
+def set_threads(count: int) -> None:
+    """Threads of one matrix product, where the BLAS is ours to tell."""
+    for name in ("MKL_Set_Num_Threads", "openblas_set_num_threads"):
+        if _library is not None and hasattr(_library, name):
+            getattr(_library, name)(ctypes.c_int(count))
 
 
 def in_use() -> str:

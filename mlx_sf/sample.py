@@ -12,6 +12,7 @@ import numpy as np
 
 from .config import Config, SampleConfig
 from .flow import Network, guided_velocity
+from .lanes import split_batch
 
 # (state z, time t, guidance scale) -> velocity
 VelocityField = Callable[[mx.array, float, float], mx.array]
@@ -71,6 +72,7 @@ def velocity_field(network: Network, config: Config, labels: mx.array, compile: 
 
     With `compile` the guided and the unguided evaluation are each one compiled function, for fixed shapes.
     """
+    network = split_batch(network)
     flow, null_class, t_eps = config.flow, config.model.null_class, config.sample.t_eps
     cache: dict[float, Callable[[mx.array, mx.array], mx.array]] = {}
 

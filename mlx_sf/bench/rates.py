@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from ..lanes import all_threads_for_products
+
 
 def best_seconds(run: Callable[[], object], repeats: int = 5, warmup: int = 1) -> float:
     """Shortest of several timed calls after warming up; `run` must finish its work before it returns."""
@@ -23,4 +25,5 @@ def product_rate(dtype: mx.Dtype, n: int | None = None) -> float:
     n = n or (2048 if mx.default_device() == mx.Device(mx.cpu) else 8192)
     a, b = (mx.random.normal((n, n), key=mx.random.key(k)).astype(dtype) for k in (0, 1))
     mx.eval(a, b)
+    all_threads_for_products()
     return 2 * n**3 / best_seconds(lambda: mx.eval(a @ b))
