@@ -9,6 +9,7 @@ import click
 
 from ..config import FlowConfig, ModelConfig
 from ..convert import FLAG_FIELDS, Report, convert, flag_name
+from ..metrics.inception_weights import convert_inception_file, is_inception_file
 from ..progress import Progress
 
 _HELP = {
@@ -56,8 +57,11 @@ def command(source: Path, target: Path, weights: str | None, dtype: str, verify:
     PyTorch and without running anything in the file. Memory stays near that of one tensor.
 
     Settings come from the weights' shapes and the trainer's options in the file; the flags below are for what neither
-    says. A flag that contradicts the file is an error.
+    says. A flag that contradicts the file is an error. The public FID Inception weights are recognised, too.
     """
+    if is_inception_file(source):
+        click.echo(convert_inception_file(source, target))
+        return
     names = {name.lower(): name for name in FLAG_FIELDS}
     flags = {names[k]: v for k, v in fields.items() if v is not None}
     with Progress(0, f"converting {source.name}", "tensors") as bar:
