@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from mlx_sf.data import FolderSource, SceneSource, open_source
@@ -57,6 +59,15 @@ def test_an_epoch_sees_every_picture_once_and_drops_the_rest() -> None:
     assert len(set(first)) == len(set(second)) == 9
     assert first != second
     assert [b.epoch for b in take(loader, 7)] == [0, 0, 0, 1, 1, 1, 2]
+
+
+@given(st.integers(1, 50), st.integers(1, 20), st.integers(0, 2**31 - 1), st.integers(0, 1000))
+def test_orders_go_through_the_pictures_evenly(length: int, batch: int, seed: int, epoch: int) -> None:
+    order, flips = epoch_order(length, batch, seed, epoch)
+    assert len(order) == len(flips) == max(1, length // batch) * batch
+    counts = np.bincount(order, minlength=length)
+    assert counts.max() - counts.min() <= 1
+    assert len(counts) == length
 
 
 @pytest.mark.parametrize("start", [1, 3, 4, 11])

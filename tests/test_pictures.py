@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from mlx_sf.pictures import BadPictureError, adm_crop, decode_picture, load_picture
@@ -93,3 +95,20 @@ def test_bad_pictures_are_refused(data: bytes, reason: str) -> None:
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadPictureError, match="No such file"):
         load_picture(tmp_path / "gone.png", 8)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    kind=st.sampled_from(["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"]),
+    cut=st.integers(0, 3000),
+    changes=st.lists(st.tuples(st.integers(0, 2999), st.integers(0, 255)), max_size=8),
+)
+def test_damaged_files_give_a_picture_or_a_reason(kind: str, cut: int, changes: list[tuple[int, int]]) -> None:
+    data = bytearray(encoded(Image.fromarray(RGB), kind)[:cut])
+    for position, value in changes:
+        if position < len(data):
+            data[position] = value
+    try:
+        assert load_picture(bytes(data), 8).shape == (8, 8, 3)
+    except BadPictureError as e:
+        assert str(e)
