@@ -18,7 +18,7 @@ from .inception_weights import CONVS, FC
 
 TAPS = {"64": 64, "192": 192, "768": 768, "2048": 2048, "logits_unbiased": 1008, "logits": 1008}
 SIDE = 299  # the network's input
-_CHUNK = {"gpu": 32, "cpu": 4}  # images that are in flight together on one stream
+_CHUNK = {"gpu": 32, "cpu": 2}  # images that are in flight together on one stream
 _MAX_STREAMS = 8
 
 Pool = Callable[[mx.array], mx.array]
@@ -115,7 +115,7 @@ class Inception:
     Args:
         weights: the 472 float32 tensors in PyTorch's names and layout (`inception_weights.load_inception`).
         streams: on a CPU, how many chunks of a batch run side by side, each with a BLAS of one thread; default one
-            per available core, at most 8. Memory is about 0.4 GB for each.
+            per available core, at most 8. Memory is about 0.15 GB for each.
     """
 
     def __init__(self, weights: Mapping[str, np.ndarray], streams: int | None = None) -> None:
