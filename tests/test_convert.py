@@ -358,3 +358,15 @@ def test_memory_of_a_large_conversion(tmp_path):
 
     result = measure_conversion(tmp_path)
     assert result["peak_over_interpreter"] < 1.3 * result["output_bytes"]
+
+
+def test_inception_weights_are_recognised(cli, tmp_path):
+    """The public FID Inception's file layout: a bare state dict from before PyTorch 1.6."""
+    from fid_recipe import recipe_weights
+
+    state = {k: torch.from_numpy(v.copy()) for k, v in recipe_weights().items()}
+    torch.save(state, tmp_path / "inception.pth", _use_new_zipfile_serialization=False)
+    status, out, err = cli("convert", tmp_path / "inception.pth", tmp_path / "inception.safetensors")
+    assert status == 0, err
+    assert "FID Inception" in out
+    assert "472 tensors" in out
