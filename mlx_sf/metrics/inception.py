@@ -286,7 +286,7 @@ def _one_blas_thread(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+    from threadpoolctl import threadpool_limits
 
     with threadpool_limits(1):
         yield

@@ -54,12 +54,12 @@ def _import() -> None:
     if "torch_fidelity" in sys.modules:
         return
     try:
-        import torchvision  # type: ignore[import-not-found]  # noqa: F401
+        import torchvision  # noqa: F401
     except Exception:  # missing, or operators that this torch has not
         for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
             del sys.modules[name]
         _torchvision_stub()
-    import torch_fidelity  # type: ignore[import-untyped]  # noqa: F401
+    import torch_fidelity  # noqa: F401
 
 
 def save_state_dict(path: Path, weights: Mapping[str, np.ndarray]) -> None:
@@ -94,7 +94,7 @@ def fidelity_extractor(
     """torch-fidelity's network as a function: pictures (B, H, W, 3) uint8 -> features (B, 2048)."""
     _import()
     import torch
-    from torch_fidelity.feature_extractor_inceptionv3 import (  # type: ignore[import-untyped]
+    from torch_fidelity.feature_extractor_inceptionv3 import (
         FeatureExtractorInceptionV3,
     )
 
@@ -121,7 +121,7 @@ def fidelity_extractor(
 def fidelity_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
     """torch-fidelity's distance between two Gaussians."""
     _import()
-    from torch_fidelity.metric_fid import fid_statistics_to_metric  # type: ignore[import-untyped]
+    from torch_fidelity.metric_fid import fid_statistics_to_metric
 
     out = fid_statistics_to_metric({"mu": mu1, "sigma": sigma1}, {"mu": mu2, "sigma": sigma2}, verbose=False)
     return float(next(iter(out.values())))
