@@ -9,22 +9,11 @@ import numpy as np
 
 from ..config import Config, ModelConfig, SampleConfig, model_config
 from ..device import compile_by_default
+from ..lanes import split_batch
 from ..model import JiT, cast_products
+from ..report import forward_flops
 from ..sample import sample_states, seeded_noise
 from .rates import best_seconds, product_rate
-
-
-def forward_flops(c: ModelConfig) -> float:
-    """Floating-point operations of one image's forward pass: products only, two per multiplication."""
-    N, D, L = c.grid_size**2, c.hidden_size, c.in_context_len
-    flops = 2.0 * N * (3 * c.patch_size**2 * c.bottleneck_dim + c.bottleneck_dim * D)
-    for i in range(c.depth):
-        T = N + (L if i >= c.in_context_start else 0)
-        flops += 2.0 * T * (4 * D * D + 3 * D * c.mlp_hidden) + 4.0 * T * T * D + 12.0 * D * D
-    flops += 2.0 * N * D * c.patch_size**2 * c.out_channels + 4.0 * D * D
-    if c.spectral_forcing:
-        flops += 4 * 2.0 * 3 * c.img_size**2 * c.window_size
-    return flops
 
 
 def measure_forward(size: str, img_size: int, batch: int, dtype: mx.Dtype, peer: bool = True) -> dict[str, Any]:
@@ -34,7 +23,8 @@ def measure_forward(size: str, img_size: int, batch: int, dtype: mx.Dtype, peer:
     model.update(cast_products(model.parameters(), dtype))
     x, t, y = seeded_noise(range(batch), img_size), mx.full((batch,), 0.5), mx.zeros((batch,), dtype=mx.int32)
     mx.eval(model.parameters(), x, t, y)
-    run = mx.compile(model) if compile_by_default() else model
+    network = split_batch(model)
+    run = mx.compile(network) if compile_by_default() else network
     mx.reset_peak_memory()
     seconds = best_seconds(lambda: mx.eval(run(x, t, y)))
     flops = forward_flops(config) * batch

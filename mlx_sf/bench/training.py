@@ -10,8 +10,8 @@ import numpy as np
 
 from ..config import Config, ModelConfig, model_config
 from ..model import JiT
+from ..report import forward_flops
 from ..train import StepOptions, TrainStep, draws, initial_arrays, trainable
-from .network import forward_flops
 from .rates import product_rate
 
 EMA_DECAYS = (0.9999, 0.9996)
