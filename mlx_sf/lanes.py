@@ -1,16 +1,16 @@
 """Several CPU streams at work on one batch.
 
 On a CPU an MLX stream is one thread: matrix products may use more through the BLAS, all else does not. Splitting the
-batch over as many streams as there are cores keeps every core busy through the whole network, and through its backward
-pass, whose operations run on the streams of the forward ones. On GPUs, and on macOS, where the BLAS shares its own
-units among all threads, there is one lane and nothing changes.
+batch over as many streams as there are cores keeps more of them busy: 1.1 to 1.4 times faster forward passes on two
+threads. Training does not use it: its one large evaluation feeds the streams nearly one after another, which gained
+nothing. On GPUs, and on macOS, where the BLAS shares its own units among all threads, there is one lane and nothing
+changes.
 """
 
 import os
 import sys
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import mlx.core as mx
 
@@ -63,18 +63,5 @@ def split_batch(network: Callable[..., mx.array]) -> Callable[[mx.array, mx.arra
 
 def all_threads_for_products() -> None:
     """Let single matrix products use every core again, after `split_batch` gave each lane its share."""
-    _blas.set_threads(cores())
-
-
-def spread(names_and_sizes: dict[str, int]) -> dict[str, Any]:
-    """A lane for each name, sizes about equal on every lane; `mx.stream(lane)` then runs its work there."""
-    lanes = streams()
-    if not lanes:
-        return dict.fromkeys(names_and_sizes, mx.default_stream(mx.default_device()))
-    loads = [0] * len(lanes)
-    chosen = {}
-    for name, size in sorted(names_and_sizes.items(), key=lambda item: -item[1]):
-        i = loads.index(min(loads))
-        loads[i] += size
-        chosen[name] = lanes[i]
-    return chosen
+    if streams():
+        _blas.set_threads(cores())

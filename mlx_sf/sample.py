@@ -12,7 +12,7 @@ import numpy as np
 
 from .config import Config, SampleConfig
 from .flow import Network, guided_velocity
-from .lanes import split_batch
+from .lanes import all_threads_for_products, split_batch
 
 # (state z, time t, guidance scale) -> velocity
 VelocityField = Callable[[mx.array, float, float], mx.array]
@@ -98,7 +98,10 @@ def sample_states(
     The noise scale is applied here. The caller owns progress and evaluation (`mx.eval(state.z)`).
     """
     field = velocity_field(network, config, labels, compile)
-    yield from solve(field, config.flow.noise_scale * noise.astype(mx.float32), config.sample)
+    try:
+        yield from solve(field, config.flow.noise_scale * noise.astype(mx.float32), config.sample)
+    finally:
+        all_threads_for_products()  # a training run that drew a preview goes on as fast as before
 
 
 def seeded_noise(seeds: Sequence[int], img_size: int) -> mx.array:
