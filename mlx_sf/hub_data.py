@@ -76,6 +76,9 @@ def _open_dataset(path: str, split: str, streaming: bool) -> Any:
             files = [path] if local.is_file() else sorted(str(p) for p in local.rglob("*.parquet"))
             kind = "arrow" if path.endswith(".arrow") else "parquet"
             return datasets.load_dataset(kind, data_files={split: files}, split=split, streaming=streaming)
+        from huggingface_hub.utils import logging
+
+        logging.set_verbosity_error()  # its retries without a network are not for our user: one line says it all
         return datasets.load_dataset(path, split=split, streaming=streaming)
     except MlxSfError:
         raise
