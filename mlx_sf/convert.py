@@ -18,7 +18,7 @@ import numpy as np
 
 from . import __version__
 from .checkpoint import WEIGHT_SETS, parameter_shapes, stored_name, write_checkpoint
-from .config import SIZES, Config, FlowConfig, ModelConfig, SampleConfig, find_size, preset_name
+from .config import FORCING_FIELDS, SIZES, Config, FlowConfig, ModelConfig, SampleConfig, find_size, preset_name
 from .errors import MlxSfError
 from .model import is_product_operand
 from .tensor_file import Entry, bits_of, check_suffix
@@ -78,10 +78,12 @@ _HINTS = {
     "hybrid_x_weight_mode": "one_minus_t, snr or snr_inverse",
     "fixed_scale": "the constant that replaces t in the schedule, 0 to 1",
 }
-# every field that a flag may set
+# every field that a flag may set; the schedules beside the published ones are ours, no PyTorch file has them
+_NO_FLAG = ("out_channels", "schedule_power", "schedule_cutoffs", "exact_end")
 FLAG_FIELDS = tuple(
-    f.name for part in (ModelConfig, FlowConfig) for f in dataclasses.fields(part) if f.name != "out_channels"
+    f.name for part in (ModelConfig, FlowConfig) for f in dataclasses.fields(part) if f.name not in _NO_FLAG
 )
+PUBLISHED_SCHEDULES = ("linear", "fixed")
 
 
 @dataclass
@@ -298,6 +300,11 @@ def _configure(
             raise MlxSfError(f"no setting is called {name!r}")
         if name == "window_size" and value == 0:
             value = s.get("img_size")  # 0: the whole image
+        if name == "scale_schedule" and value not in PUBLISHED_SCHEDULES:
+            raise MlxSfError(
+                f"{where}: flag --scale-schedule says {value!r}, but PyTorch models were trained with "
+                f"{' or '.join(PUBLISHED_SCHEDULES)}: convert it as it is, then train on with mlx-sf train --init"
+            )
         s.put(name, value, f"flag {flag_name(name)}")
     name = _name(s, args)
     _complete(s)
@@ -428,11 +435,6 @@ def _complete(s: _Settings) -> None:
         asked = "; ".join(f"{flag_name(n)} ({_HINTS[n]})" for n in missing)
         raise MlxSfError(f"{s.where}: neither its weights nor its args say {', '.join(missing)}: give {asked}")
     for field_name, value in _PUBLISHED.items():
-        if field_name not in s.values and (s.get("spectral_forcing") or field_name not in _FORCING_FIELDS):
+        if field_name not in s.values and (s.get("spectral_forcing") or field_name not in FORCING_FIELDS):
             value = s.get("img_size") if field_name == "window_size" else value
             s.put(field_name, value, "published")
-
-
-_FORCING_FIELDS = (
-    "window_size", "scale_schedule", "fixed_scale", "mask_sharpness", "min_keep", "max_keep"
-)  # fmt: skip

@@ -250,15 +250,7 @@ class JiT(nn.Module):
         super().__init__()
         c = self._config = config
         if c.spectral_forcing:
-            self._forcing = SpectralForcing(
-                c.img_size,
-                c.window_size,
-                c.scale_schedule,
-                c.fixed_scale,
-                c.mask_sharpness,
-                c.min_keep,
-                c.max_keep,
-            )
+            self._forcing = SpectralForcing.of(c)
         self.t_embedder = TimestepEmbedder(c.hidden_size)
         self.y_embedder = LabelEmbedder(c.num_classes, c.hidden_size)
         self.x_embedder = PatchEmbed(c)

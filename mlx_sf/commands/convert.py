@@ -8,7 +8,7 @@ from typing import Any, get_args
 import click
 
 from ..config import FlowConfig, ModelConfig
-from ..convert import FLAG_FIELDS, Report, convert, flag_name
+from ..convert import FLAG_FIELDS, PUBLISHED_SCHEDULES, Report, convert, flag_name
 from ..metrics.inception_weights import convert_inception_file, is_inception_file
 from ..progress import Progress
 
@@ -29,7 +29,8 @@ def _config_flags(function: Callable[..., Any]) -> Callable[..., Any]:
         if kind is bool:
             option = click.option(f"{flag}/--no-{flag[2:]}", name.lower(), default=None, help=_HELP.get(name))
         else:
-            choice = click.Choice(get_args(kind)) if get_args(kind) else kind
+            choices = PUBLISHED_SCHEDULES if name == "scale_schedule" else get_args(kind)
+            choice = click.Choice(choices) if choices else kind
             option = click.option(flag, name.lower(), type=choice, default=None, help=_HELP.get(name))
         function = option(function)
     return function
