@@ -297,7 +297,7 @@ def _configure(
         _from_args(args, s)
     for name, value in flags.items():
         if name not in FLAG_FIELDS:
-            raise MlxSfError(f"no setting is called {name!r}")
+            raise MlxSfError(f"{where}: no setting of PyTorch models is called {name!r}")
         if name == "window_size" and value == 0:
             value = s.get("img_size")  # 0: the whole image
         if name == "scale_schedule" and value not in PUBLISHED_SCHEDULES:

@@ -154,6 +154,17 @@ class Settings:
         _require(self.batch_size % self.accumulate == 0, "accumulate", self.accumulate, "a divisor of batch-size")
         if self.steps is not None and self.epochs is not None:
             raise MlxSfError("--steps and --epochs: both are given, want one of them")
+        try:  # before data is opened
+            ModelConfig(**self.schedule())
+        except MlxSfError as e:
+            name, complaint = str(e).removeprefix("config: ").split(" ", 1)
+            raise MlxSfError(f"{flag(name)} {complaint.replace('scale_schedule', flag('scale_schedule'))}") from None
+
+    def schedule(self) -> dict[str, Any]:
+        """The forcing's schedule as fields of `ModelConfig`."""
+        names = ("scale_schedule", "fixed_scale", "schedule_power", "exact_end")
+        cutoffs = read_cutoffs(self.schedule_cutoffs or "")
+        return {"schedule_cutoffs": cutoffs, **{name: getattr(self, name) for name in names}}
 
     def replace(self, **changes: Any) -> "Settings":
         return dataclasses.replace(self, **changes)
@@ -305,11 +316,7 @@ def checkpoint_config(settings: Settings, class_names: tuple[str, ...], base: Co
     forcing: dict[str, Any] = {
         "spectral_forcing": not s.vanilla,
         "window_size": s.window_size,
-        "scale_schedule": s.scale_schedule,
-        "fixed_scale": s.fixed_scale,
-        "schedule_power": s.schedule_power,
-        "schedule_cutoffs": read_cutoffs(s.schedule_cutoffs or ""),
-        "exact_end": s.exact_end,
+        **s.schedule(),
         "attn_dropout": s.attn_dropout,
         "proj_dropout": s.proj_dropout,
         "out_channels": 6 if s.pred_param == "hybrid" else 3,
