@@ -17,7 +17,7 @@ from .errors import MlxSfError
 PredParam = Literal["x", "v", "hybrid"]
 HybridMode = Literal["one_minus_t", "snr", "snr_inverse"]
 ScaleSchedule = Literal["linear", "fixed", "power", "cosine", "data"]
-Method = Literal["heun", "euler"]
+Method = Literal["heun", "euler", "multistep"]
 
 
 def _require(ok: bool, where: str, got: Any, want: str) -> None:
@@ -212,7 +212,8 @@ class FlowConfig:
 class SampleConfig:
     """How to draw samples. `cfg` 1 means no guidance; it acts for `cfg_low < t < cfg_high` (a low end of 0 included).
 
-    `t_eps` None takes the flow's own, as the published sampler does.
+    `heun` and `euler` are the published solvers; `multistep` is second order with one evaluation a step. `t_eps` None
+    takes the flow's own with the published ones, as they do, and bounds nothing with `multistep`.
     """
 
     method: Method = "heun"

@@ -1,13 +1,13 @@
 """`mlx-sf sample`: pictures from a checkpoint."""
 
 import dataclasses
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 from .. import generate as g
 from ..checkpoint import Checkpoint, demo_checkpoint, load_model, resolve
-from ..config import Config
+from ..config import Config, Method
 from ..device import DTYPES, default_dtype, limit_cache, pick_dtype
 from ..distributed import World
 from ..errors import MlxSfError
@@ -23,7 +23,9 @@ from ..progress import Progress
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the first image; image i has seed + i.")
 @click.option("--steps", type=int, help="Steps of the solver. [default: the checkpoint's, usually 50]")
 @click.option(
-    "--method", type=click.Choice(["heun", "euler"]), help="Solver. [default: the checkpoint's, usually heun]"
+    "--method",
+    type=click.Choice(get_args(Method)),
+    help="Solver; multistep needs half of heun's evaluations a step. [default: the checkpoint's, usually heun]",
 )
 @click.option("--cfg", type=float, help="Guidance scale; 1 means off. [default: the checkpoint's]")
 @click.option(
@@ -34,7 +36,9 @@ from ..progress import Progress
     help="Guide only where LOW < t < HIGH (t = 0 is noise). [default: the checkpoint's, usually 0.1 1]",
 )
 @click.option(
-    "--sample-t-eps", type=float, help="Lower bound of 1 - t in the velocity. [default: the training's, 0.05]"
+    "--sample-t-eps",
+    type=float,
+    help="Lower bound of 1 - t in the velocity. [default: the training's, 0.05; none with multistep]",
 )
 @click.option("--noise", type=click.Path(), help="Initial noise: .npy, float32 (N, 3, H, W), standard normal.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of the matrix products. [default: bfloat16 on a GPU]")
