@@ -21,6 +21,7 @@ from .errors import MlxSfError
 from .files import check_writable, replacing, writable_folder
 from .image import grid, image_name, save_png
 from .model import JiT
+from .quantize import describe
 from .sample import Sampler, State, lower_bound, seeded_noise, to_uint8
 
 
@@ -154,6 +155,7 @@ def metadata(config: Config, request: Request, i: int, checkpoint: str, dtype: s
         "t_eps": lower_bound(config),
         "noise_scale": config.flow.noise_scale,
         "dtype": dtype,
+        **({"quantized": describe(config.quantization)} if config.quantization else {}),
     }
 
 
