@@ -8,7 +8,7 @@ The containers are `tensor_file`'s.
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,10 @@ class Checkpoint:
 
     def tensors(self, weights: str | None = None) -> dict[str, mx.array]:
         """`weights` as they are stored: of quantised layers, the codes, scales and biases."""
+        return dict(self.stream(weights))
+
+    def stream(self, weights: str | None = None) -> Iterator[tuple[str, mx.array]]:
+        """`tensors` one after another: none but the last need stay in memory."""
         name = self.pick(weights)
         shapes: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {}
         for key, shape in parameter_shapes(self.config.model).items():
@@ -118,7 +122,8 @@ class Checkpoint:
             if key not in known and ("/" not in key or key.split("/")[0] in WEIGHT_SETS):
                 raise MlxSfError(f"{self.path}: tensor {key!r} is not part of the network")
         self.file.verify()
-        return {k: self._tensor(stored_name(self.config, name, k), *want) for k, want in shapes.items()}
+        for key, want in shapes.items():
+            yield key, self._tensor(stored_name(self.config, name, key), *want)
 
     def _tensor(self, key: str, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> mx.array:
         e = self.file.entries.get(key)
@@ -162,18 +167,19 @@ def load_model(
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(resolve(source))
     name = checkpoint.pick(weights)
     config = checkpoint.config.replace(weights=(name,))
-    model, tensors = JiT(config.model), checkpoint.tensors(name)
+    model, stream = JiT(config.model), checkpoint.stream(name)
     if config.quantization is not None and dequantize:
-        tensors = dequantized(tensors, parameter_shapes(config.model), config.quantization)
+        stream = dequantized(stream, parameter_shapes(config.model), config.quantization)
         config = config.replace(quantization=None)
     elif config.quantization is not None:
         quantize_layers(model, config.quantization)
-    codes = {k: v for k, v in tensors.items() if v.dtype == mx.uint32}
-    floats = {k: v.astype(mx.float32) for k, v in tensors.items() if k not in codes}
-    if dtype is not None:
-        floats = cast_products(floats, dtype)
-    model.load_weights([*codes.items(), *floats.items()], strict=True)
-    mx.eval(model.parameters())
+    loaded = []
+    for key, value in stream:
+        if value.dtype != mx.uint32:  # codes of quantised weights stay what they are
+            value = cast_products({key: value}, dtype or mx.float32)[key]
+        mx.eval(value)  # one by one: in bfloat16 a network takes half of its float32 file's size, not one and a half
+        loaded.append((key, value))
+    model.load_weights(loaded, strict=True)
     return model, config
 
 

@@ -6,7 +6,7 @@ feed-forward's 2730 and 3413 in L and H, which no group size divides) are filled
 inputs: the products stay exact.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -110,19 +110,22 @@ def _quantized(e: Entry, q: QuantizationConfig) -> list[Entry]:
     ]
 
 
+def dequantize(codes: mx.array, scales: mx.array, biases: mx.array, width: int, q: QuantizationConfig) -> mx.array:
+    """The float32 weight (rows, width) that its quantised parts stand for."""
+    scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    return mx.dequantize(codes, scales, biases, group_size=q.group_size, bits=q.bits)[:, :width]
+
+
 def dequantized(
-    tensors: Mapping[str, mx.array], shapes: Mapping[str, _Shape], q: QuantizationConfig
-) -> dict[str, mx.array]:
-    """The float tensors, named and shaped as in `shapes`, that stored ones stand for."""
-    result = {}
-    for name, shape in shapes.items():
-        w = tensors[name]
+    tensors: Iterable[tuple[str, mx.array]], shapes: Mapping[str, _Shape], q: QuantizationConfig
+) -> Iterator[tuple[str, mx.array]]:
+    """The float tensors, named and shaped as in `shapes`, that stored ones stand for; those come in `stored` order."""
+    tensors = iter(tensors)
+    for name, value in tensors:
         if is_quantized(name, q):
-            base = name.removesuffix("weight")
-            scales, biases = (tensors[base + part].astype(mx.float32) for part in ("scales", "biases"))
-            w = mx.dequantize(w, scales, biases, group_size=q.group_size, bits=q.bits)[:, : shape[1]]
-        result[name] = w
-    return result
+            (_, scales), (_, biases) = next(tensors), next(tensors)
+            value = dequantize(value, scales, biases, shapes[name][1], q)
+        yield name, value
 
 
 class QuantizedLinear(nn.Module):

@@ -16,7 +16,7 @@ from mlx_sf.config import Config, ModelConfig, QuantizationConfig, model_config
 from mlx_sf.convert import convert
 from mlx_sf.errors import MlxSfError
 from mlx_sf.model import JiT, Linear
-from mlx_sf.quantize import QuantizedLinear, dequantized, is_quantized, padded, quantize, stored
+from mlx_sf.quantize import QuantizedLinear, dequantize, is_quantized, padded, quantize, stored
 from mlx_sf.tensor_file import TensorFile, write_tensor_file
 
 PARITY = Path(__file__).parent / "golden" / "parity"
@@ -49,12 +49,8 @@ def error(a: mx.array, b: mx.array) -> float:
 def decoded(weight: mx.array, q: QuantizationConfig) -> tuple[mx.array, mx.array]:
     """What a weight becomes, and the step between neighbouring codes at each of its places."""
     codes, scales, biases = quantize(weight, q)
-    named = {".weight": codes, ".scales": scales, ".biases": biases}
-    every = QuantizationConfig(q.bits, q.group_size, ("attention",))
-    name = "x.attn.qkv"
-    result = dequantized({name + k: v for k, v in named.items()}, {name + ".weight": weight.shape}, every)
     step = mx.repeat(mx.abs(scales.astype(mx.float32)), q.group_size, axis=1)[:, : weight.shape[1]]
-    return result[name + ".weight"], step
+    return dequantize(codes, scales, biases, weight.shape[1], q), step
 
 
 @settings(max_examples=40, deadline=None)
@@ -292,3 +288,26 @@ def test_what_quantised_weights_cannot_do_is_refused(files, tmp_path, refused):
     refused("'3' is not one of", "convert", floats, tmp_path / "x.npz", "--quantize", 3)
     refused("must end in .npz or .safetensors", "convert", floats, tmp_path / "x.bin", "--quantize", 4)
     assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------ measurements
+
+
+def test_bench_says_what_each_choice_of_layers_costs(cli, files):
+    status, out, _ = cli("bench", "quantize", "--ckpt", files / "float.safetensors", "--no-speed", "--json")
+    assert status == 0
+    rows = {r["layers"]: r for r in json.loads(out)["rows"]}
+    assert set(rows) == {
+        "attention", "feed_forward", "modulation", "patch_embedder", "time_embedder", "head", "default", "all",
+    }  # fmt: skip
+    for row in rows.values():
+        assert 0 < row["velocity_error_8"] < 0.2 * row["velocity_error_4"]
+    assert rows["default"]["velocity_error_4"] < rows["all"]["velocity_error_4"]
+
+
+def test_bench_of_random_weights(cli):
+    arguments = ("--size", "nano/8", "--img-size", 16, "--batch-size", 1)
+    status, out, _ = cli("bench", "quantize", *arguments)
+    assert status == 0
+    assert "8 bits over float32" in out
+    assert out.count("%") == 8 * 5
