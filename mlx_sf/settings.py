@@ -35,6 +35,7 @@ from .config import (
     preset_name,
 )
 from .errors import MlxSfError
+from .flow import published_noise_scale
 from .optim import LRSchedule
 from .pictures import Decode
 
@@ -336,7 +337,7 @@ def checkpoint_config(settings: Settings, class_names: tuple[str, ...], base: Co
         hybrid_x_weight_power=s.hybrid_x_weight_power,
         hybrid_x_weight_min=s.hybrid_x_weight_min,
         hybrid_x_weight_max=s.hybrid_x_weight_max,
-        noise_scale=s.noise_scale or max(1.0, model.img_size / 256),
+        noise_scale=s.noise_scale or published_noise_scale(model.img_size),
         t_eps=s.t_eps,
         P_mean=s.p_mean,
         P_std=s.p_std,
