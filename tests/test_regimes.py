@@ -226,6 +226,9 @@ def test_gains_are_paired_by_seed_and_positive_where_an_arm_is_better():
     records[Run("smooth", 8, "linear", 3)] = record(plan, 0.1)  # its partner is missing: no pair
     for metric in results.METRICS:
         assert results.gains(records, plan, metric, "smooth", 8, "linear") == pytest.approx([10, 20, -10])
+    pooled = results.overall(records, plan, "loss", "linear", "vanilla")
+    assert (pooled.mean, pooled.n) == (pytest.approx(20 / 3), 3)
+    assert results.overall(records, dataclasses.replace(plan, patches=(4, 8)), "loss", "linear", "vanilla") is None
     for e in results.gain_per_time(records, plan, "smooth", 8, "linear"):
         assert e.mean == pytest.approx(20 / 3)
         assert e.n == 3
@@ -295,7 +298,7 @@ def test_report_makes_tables_and_figures_of_what_is_there(tmp_path):
     assert {p.name for p in written} == {"table.md", "table.csv", "summary.png", "times.png"}
     assert all(p.read_bytes()[:4] == b"\x89PNG" and p.stat().st_size < 300_000 for p in written if p.suffix == ".png")
     lines = (tmp_path / "table.md").read_text().splitlines()
-    assert len(lines) == 2 + len(plan.patches) * len(plan.regimes) * len(plan.arms)
+    assert len(lines) == 2 + len(plan.patches) * len(plan.regimes) * len(plan.arms) + 1 + 2 + len(ARMS)
     assert "nan" not in (tmp_path / "table.md").read_text() + (tmp_path / "table.csv").read_text()
 
 

@@ -120,15 +120,29 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(float(np.mean(values)), half, n)
 
 
-def gains(records: Records, plan: Plan, metric: str, regime: str, patch: int, arm: str) -> list[float]:
-    """By how many percent an arm is below the baseline, for each seed that has both: positive is better."""
+def gains(
+    records: Records, plan: Plan, metric: str, regime: str, patch: int, arm: str, over: str = BASELINE
+) -> list[float]:
+    """By how many percent an arm is below another, for each seed that has both: positive is better."""
     out = []
     for seed in sorted({run.seed for run in records}):
         ours = records.get(Run(regime, patch, arm, seed))
-        base = records.get(Run(regime, patch, BASELINE, seed))
+        base = records.get(Run(regime, patch, over, seed))
         if ours is not None and base is not None:
             out.append(100 * (1 - value(ours, metric, plan) / value(base, metric, plan)))
     return out
+
+
+def overall(records: Records, plan: Plan, metric: str, arm: str, over: str) -> Estimate | None:
+    """The gain averaged over all kinds of data and patch sizes, for each seed that has them all."""
+    cells = [(regime, patch) for regime in plan.regimes for patch in plan.patches]
+    per_seed = []
+    for seed in sorted({run.seed for run in records}):
+        mine = {run: r for run, r in records.items() if run.seed == seed}
+        found = [g for cell in cells for g in gains(mine, plan, metric, *cell, arm, over)]
+        if len(found) == len(cells):
+            per_seed.append(float(np.mean(found)))
+    return estimate(per_seed) if per_seed else None
 
 
 def gain_per_time(records: Records, plan: Plan, regime: str, patch: int, arm: str) -> list[Estimate]:
@@ -159,7 +173,7 @@ def rows(records: Records, plan: Plan) -> Iterable[dict[str, Any]]:
 
 
 def write_tables(records: Records, plan: Plan, folder: Path) -> None:
-    """table.csv (everything, with intervals) and table.md (validation loss and distances, for people)."""
+    """table.csv (everything, with intervals) and table.md (for people; with the schedules against each other)."""
     table = list(rows(records, plan))
     with replacing(folder / "table.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
         writer = csv.writer(f)
@@ -170,7 +184,7 @@ def write_tables(records: Records, plan: Plan, folder: Path) -> None:
             cells = [(row[c].mean, row[c].half_width) if row[c] else ("", "") for c in columns]
             writer.writerow([*(row[h] for h in head), *(_number(x) for pair in cells for x in pair)])
     with replacing(folder / "table.md") as temporary:
-        temporary.write_text(markdown(table), encoding="utf-8")
+        temporary.write_text(markdown(table) + "\n" + schedules(records, plan), encoding="utf-8")
 
 
 def _number(x: float | str) -> str:
@@ -190,4 +204,22 @@ def markdown(table: Sequence[dict[str, Any]]) -> str:
             more = "" if gain is None else f" ({gain.mean:+.1f} ± {gain.half_width:.1f} %)" if gain.n > 1 else ""
             cells.append(f"{row[metric].mean:.4g}{more}")
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def schedules(records: Records, plan: Plan) -> str:
+    """The schedules against each other, averaged over all cells: percent lower, with the 95 % interval over seeds."""
+    lines = [
+        "| all data and patch sizes | seeds | " + " | ".join(METRICS.values()) + " |",
+        "|---|---|" + "---|" * len(METRICS),
+    ]
+    pairs = [(arm, BASELINE) for arm in plan.arms if arm != BASELINE]
+    pairs += [("data", "linear")] if {"data", "linear"} <= set(plan.arms) else []
+    for arm, over in pairs:
+        found = [overall(records, plan, metric, arm, over) for metric in METRICS]
+        cells = [
+            f"{e.mean:+.1f} ± {e.half_width:.1f} %" if e and e.n > 1 else f"{e.mean:+.1f} %" if e else "" for e in found
+        ]
+        seeds = next((str(e.n) for e in found if e), "0")
+        lines.append("| " + " | ".join([f"{ARMS[arm]} over {ARMS[over]}", seeds, *cells]) + " |")
     return "\n".join(lines) + "\n"
