@@ -119,7 +119,7 @@ def quantization_note(config: Config, dequantize: bool) -> str | None:
     slow = "quantised products are slow on a CPU"
     if dequantize:
         return f"note: {slow}: the weights are expanded to floats first, which takes the memory of floats"
-    return f"note: {slow}, some 60 times slower than float32: leave out --no-dequantize if there is memory for floats"
+    return f"note: {slow}, some 50 times slower than float32: leave out --no-dequantize if there is memory for floats"
 
 
 def _with_solver(
