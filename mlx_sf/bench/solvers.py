@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..checkpoint import demo_checkpoint, load_model
 from ..config import Config, FlowConfig, PredParam, SampleConfig, model_config
+from ..device import compile_by_default
 from ..files import replacing
 from ..model import JiT
 from ..progress import Progress
@@ -64,7 +65,7 @@ def random_network(pred_param: PredParam = "x", seed: int = 0, **changes: Any) -
 
 
 def measure_solvers(
-    cases: Iterable[str] = tuple(CASES), images: int = 4, steps: Mapping[str, Sequence[int]] = STEPS
+    cases: Iterable[str] = tuple(CASES), images: int = 2, steps: Mapping[str, Sequence[int]] = STEPS
 ) -> dict[str, list[dict[str, Any]]]:
     """Root mean square distance, over pixels and images, of each solver's result from that of 1,000 Heun steps.
 
@@ -82,7 +83,7 @@ def measure_solvers(
             finished = []
             for method, n in runs:
                 sample = SampleConfig(method, n, cfg, 0.1, 1.0)  # type: ignore[arg-type]
-                sampler = Sampler(model, dataclasses.replace(config, sample=sample), compile=True)
+                sampler = Sampler(model, dataclasses.replace(config, sample=sample), compile_by_default())
                 for state in sampler.states(noise, labels):
                     mx.eval(state.z)
                     bar.update()

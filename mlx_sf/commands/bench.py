@@ -93,7 +93,7 @@ def sample(
 @click.option(
     "--output", "-o", default="solvers.png", show_default=True, help="The figure; NAME.json holds the numbers."
 )
-@click.option("--images", type=click.IntRange(1), default=4, show_default=True, help="Images of each case.")
+@click.option("--images", type=click.IntRange(1), default=2, show_default=True, help="Images of each case.")
 def solvers(output: str, images: int) -> None:
     """Distance of each solver's pictures to those of 1,000 Heun steps, over network evaluations: a figure, a table."""
     from ..bench.solvers import measure_solvers, plot_solvers, solver_lines

@@ -1,0 +1,52 @@
+"""What the benchmarks promise besides times: the same work on both sides, tables that add up, a figure written."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_sf.bench import solvers
+from mlx_sf.bench.profile import profile_step
+from mlx_sf.bench.sampling import measure_sampling
+
+
+def test_random_networks_depend_on_all_inputs():
+    for changes in solvers._RANDOM.values():
+        model, _ = solvers.random_network(**changes)
+        z = mx.random.normal((1, 3, 32, 32), key=mx.random.key(0))
+
+        def out(z=z, t=0.3, y=1, model=model):
+            return np.asarray(model(z, mx.array([t]), mx.array([y])))
+
+        for other in (out(z=1.1 * z), out(t=0.4), out(y=2)):
+            assert np.sqrt(np.mean((other - out()) ** 2)) > 1e-3 * np.abs(out()).max()
+
+
+def test_solvers_converge_to_the_same_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr(solvers, "REFERENCE", ("heun", 60))
+    case = "random, v-prediction, guidance 2.9"
+    steps = {"euler": (8, 32), "heun": (4, 16), "multistep": (8, 32)}
+    result = solvers.measure_solvers([case], images=1, steps=steps)
+    distance = {(r["method"], r["steps"]): r["distance"] for r in result[case]}
+    for method, (few, many) in steps.items():
+        assert distance[method, many] < distance[method, few]
+    assert distance["multistep", 32] < distance["euler", 32]
+    assert len(solvers.solver_lines(result)) == 7
+    solvers.plot_solvers(tmp_path / "figure.png", result)
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    json.dumps(result)
+
+
+@pytest.mark.parametrize("kind", ["sample", "train"])
+def test_parts_of_a_profile_add_up(kind):
+    result = profile_step(kind, "nano/8", 16, 2, rounds=1, compile=False)
+    assert set(result["parts"]) >= {"forcing", "embedder", "attention", "feed-forward", "norms and modulation", "other"}
+    assert ("AdamW and two EMAs" in result["parts"]) == (kind == "train")
+    assert sum(result["parts"].values()) == pytest.approx(result["seconds"])
+
+
+def test_sampling_is_measured_with_the_published_share_of_evaluations():
+    result = measure_sampling("nano/8", 16, 2, 5, mx.float32, 2.9, rounds=1)
+    assert (result["mlx_evaluations"], result["torch_evaluations"]) == (17, 18)
+    assert result["torch_over_mlx"] > 0
