@@ -280,17 +280,23 @@ def test_a_data_schedule_needs_positive_numbers(delta: float, sigma: float) -> N
 
 
 def test_verdicts() -> None:
-    """Photograph-like data at 256 (alpha 2): timid. Fine detail everywhere: harmful. The data's own cutoff: right."""
+    """Photograph-like data (alpha 2): right at 256, timid at 512 with noise 2. Fine detail everywhere: harmful."""
     linear, flow = ModelConfig(img_size=256, patch_size=32), FlowConfig(noise_scale=1.0)
     photographs = judge(assess(law_spectrum(256, 800, 2.0), linear, flow))
-    assert photographs.judgement == "too timid"
+    assert photographs.judgement == "right"
     assert photographs.shares["harmful"] == 0
+    # the same pictures twice as large: four times the power at the same k
+    larger = assess(law_spectrum(512, 3200, 2.0), ModelConfig(img_size=512, patch_size=32), FlowConfig(noise_scale=2.0))
+    assert judge(larger).judgement == "too timid"
     detailed = judge(assess(known(256, np.full(362, 20.0)), linear, flow))
     assert detailed.judgement == "harmful"
     assert any("as noise are cut" in line for line in detailed.lines)
     own = data_schedule(law_spectrum(256, 800, 2.0), 1.0)
     fitted = ModelConfig(img_size=256, patch_size=32, scale_schedule="data", schedule_cutoffs=own)
-    assert judge(assess(law_spectrum(256, 800, 2.0), fitted, flow)).judgement == "right"
+    assert judge(assess(law_spectrum(256, 800, 2.0), fitted, flow)).judgement == "bold"
+    fainter = data_schedule(law_spectrum(256, 800, 2.0), 1.0, delta=0.01)
+    fitted = ModelConfig(img_size=256, patch_size=32, scale_schedule="data", schedule_cutoffs=fainter)
+    assert judge(assess(law_spectrum(256, 800, 2.0), fitted, flow)).shares["right"] > 0.99
     assert sum(photographs.shares.values()) == pytest.approx(1)
 
 

@@ -31,7 +31,8 @@ class Capacity:
 
     error: the network's; zero: of putting out nothing, which is the signal's power; wiener: of the Wiener estimate,
     channel by channel; colour: of the Wiener estimate that also knows how the channels go together. `deviation`:
-    standard error, in dB, of error / wiener over the images. `low`, `high` (K,): first and last index k of each band.
+    standard error, in dB, of error / wiener over the images. ratio: data over noise, of powers. `low`, `high` (K,):
+    first and last index k of each band.
     """
 
     t: np.ndarray
@@ -42,6 +43,7 @@ class Capacity:
     wiener: np.ndarray
     colour: np.ndarray
     deviation: np.ndarray
+    ratio: np.ndarray
     images: int
 
     @property
@@ -190,6 +192,7 @@ def _compared(
         np.array(wiener),
         np.array(colour),
         np.array(deviation),
+        np.array([zero / (((1 - t) / t * noise_scale) ** 2) for t in times]),
         errors.shape[1],
     )
 

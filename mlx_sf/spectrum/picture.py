@@ -16,7 +16,7 @@ from .capacity import Capacity, decibels
 from .meter import Channel, Spectrum
 from .power_law import PowerLaw
 from .ratio import contour, data_to_noise, paper_contour
-from .verdict import Row, training_share
+from .verdict import BURIED, Row, training_share
 
 _BLACK, _ORANGE, _SKY, _GREEN, _BLUE, _RED, _PINK = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7",
@@ -96,6 +96,8 @@ def _draw_map(
     t = np.linspace(0.002, _HIGHEST, 600)
     unit = contour(spectrum.k, spectrum.power(), t, flow.noise_scale)
     axes.plot(t[unit > 0], unit[unit > 0], color=_ORANGE, linewidth=3, label="data = noise (measured)")
+    faint = contour(spectrum.k, spectrum.power(), t, flow.noise_scale, BURIED)
+    axes.plot(t[faint > 0], faint[faint > 0], color=_ORANGE, linewidth=1, label=f"data = noise / {1 / BURIED:g}")
     paper = paper_contour(t, law.alpha.value)
     axes.plot(t, paper, color=_SKY, linestyle=(0, (1, 1)), linewidth=2, label="the paper's k* = (1 − t)^(−2/α)")
     whole = np.linspace(0, 1, 400)

@@ -15,7 +15,7 @@ from .meter import Channel, Spectrum
 FIT_LOW = 4  # the mean and the three lowest rings hold few coefficients, and the composition of the pictures
 FIT_HIGH = 0.75  # of n: above, resampling and JPEG thin the spectrum out; the corner lies further up still
 MIN_RINGS = 6
-POOR_DB, POOR_R2, CURVED = 1.0, 0.97, 0.4  # a straight line describes the data poorly beyond any of these
+POOR_DB, POOR_R2, CURVED = 1.0, 0.97, 0.5  # a straight line describes the data poorly beyond any of these
 _ROUNDING_MARGIN = 4.0
 _REPLICATES = 1000
 _LEVEL = 0.95
@@ -23,7 +23,7 @@ _LEVEL = 0.95
 PUBLISHED = (
     ("Field 1987, 6 photographs: amplitude close to 1/k", 2.0, None),
     ("van der Schaaf & van Hateren 1996, photographs: power", 1.9, None),
-    ("Tolhurst, Tadmor & Chao 1992, 135 photographs: amplitude slopes 0.8 to 1.5, mean 1.2", 2.4, (1.6, 3.0)),
+    ("Tolhurst, Tadmor & Chao 1992, 135 photographs: twice their slopes of amplitude", 2.4, (1.6, 3.0)),
 )
 
 
@@ -172,14 +172,12 @@ def _standard_errors(
     return max(boot[0], scatter[0]), max(boot[1], scatter[1])
 
 
-def compared(alpha: float) -> list[str]:
-    """The exponent beside published ones for photographs, a line each."""
+def compared(alpha: Interval) -> list[str]:
+    """The exponent beside published ones for photographs, a line each: does its interval meet theirs?"""
     lines = []
     for what, value, span in PUBLISHED:
-        if span is None:
-            relation = "about the same" if abs(alpha - value) < 0.25 else "steeper" if alpha > value else "flatter"
-        else:
-            relation = "within" if span[0] <= alpha <= span[1] else "steeper" if alpha > span[1] else "flatter"
-        shown = f" (power {span[0]:g} to {span[1]:g})" if span else ""
-        lines.append(f"{what}, alpha about {value:g}{shown}: these data are {relation}")
+        low, high = span or (value - 0.1, value + 0.1)
+        relation = "flatter than that" if alpha.high < low else "steeper than that" if alpha.low > high else "in accord"
+        shown = f"{low:g} to {high:g}, mean {value:g}" if span else f"about {value:g}"
+        lines.append(f"{what}, alpha {shown}: these data are {relation}")
     return lines

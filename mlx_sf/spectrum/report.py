@@ -11,10 +11,10 @@ import numpy as np
 from .. import __version__
 from ..config import Config, FlowConfig
 from ..files import replacing
-from .capacity import Capacity
+from .capacity import Capacity, decibels
 from .meter import CHANNELS, Channel, Spectrum
 from .power_law import PowerLaw, compared
-from .verdict import BURIED, CLEAR, HARM_SHARE, TIMID_SHARE, Row, Verdict
+from .verdict import BOLD_SHARE, BURIED, CLEAR, HARM_SHARE, TIMID_SHARE, Row, Verdict
 
 
 def spectrum_lines(spectrum: Spectrum, laws: Mapping[Channel, PowerLaw]) -> list[str]:
@@ -43,7 +43,7 @@ def spectrum_lines(spectrum: Spectrum, laws: Mapping[Channel, PowerLaw]) -> list
     law = laws["mean"]
     if law.poor:
         lines.append(f"  a power law describes these data poorly: {law.poor}; the measured bands are used below")
-    return lines + [f"  {text}" for text in compared(law.alpha.value)]
+    return lines + [f"  {text}" for text in compared(law.alpha)]
 
 
 def table_lines(name: str, rows: Sequence[Row], verdict: Verdict) -> list[str]:
@@ -73,9 +73,11 @@ def meaning() -> list[str]:
     return [
         f"harmful: more than {HARM_SHARE:.0%} of the coefficients with {CLEAR:g} times as much data as noise "
         "lie above the cutoff.",
-        f"too timid: it opens beyond data = noise, and more than {TIMID_SHARE:.0%} of what passes is in bands with "
-        f"{1 / BURIED:g} times more noise than data. right: neither.",
+        f"too timid: more than {TIMID_SHARE:.0%} of what passes is in bands with {1 / BURIED:g} times more noise than "
+        "data.",
+        f"bold: more than {BOLD_SHARE:.0%} of the coefficients in between lie above the cutoff. right: none of these.",
         "passed: mask at least 1/2; energies count with the mask's square; signal without the mean brightness.",
+        "Bands fainter than the noise are not worthless: a network pools coefficients, --ckpt shows how far down.",
     ]
 
 
@@ -95,6 +97,8 @@ def capacity_lines(capacity: Capacity, name: str) -> list[str]:
         highest = [int(capacity.high[m].max()) if m.any() else 0 for m in modelled]
         shown = ", ".join(f"{t:g}: {k}" for t, k in zip(capacity.t, highest, strict=True))
         lines.append(f"  highest k modelled at each t: {shown}")
+        lowest = float(decibels(capacity.ratio[modelled]).min())
+        lines.append(f"  faintest band modelled: {lowest:.0f} dB of data over noise")
     return lines
 
 
@@ -130,7 +134,13 @@ def record(
             }
             for name, (rows, verdict) in tables.items()
         },
-        "thresholds": {"clear": CLEAR, "buried": BURIED, "harm_share": HARM_SHARE, "timid_share": TIMID_SHARE},
+        "thresholds": {
+            "clear": CLEAR,
+            "buried": BURIED,
+            "harm_share": HARM_SHARE,
+            "timid_share": TIMID_SHARE,
+            "bold_share": BOLD_SHARE,
+        },
         **({"capacity": _capacity_record(capacity)} if capacity is not None else {}),
         **({"checkpoint": json.loads(checkpoint.to_json())} if checkpoint is not None else {}),
     }
