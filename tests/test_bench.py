@@ -6,9 +6,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_sf.bench import solvers
+from mlx_sf.bench import forcing, solvers
 from mlx_sf.bench.profile import profile_step
 from mlx_sf.bench.sampling import measure_sampling
+from mlx_sf.config import model_config
+from mlx_sf.spectral import SpectralForcing
 
 
 def test_random_networks_depend_on_all_inputs():
@@ -50,3 +52,17 @@ def test_sampling_is_measured_with_the_published_share_of_evaluations():
     result = measure_sampling("nano/8", 16, 2, 5, mx.float32, 2.9, rounds=1)
     assert (result["mlx_evaluations"], result["torch_evaluations"]) == (17, 18)
     assert result["torch_over_mlx"] > 0
+
+
+def test_the_forms_of_the_forcing_are_one_operator(cli):
+    x, t = mx.random.normal((3, 3, 32, 32), key=mx.random.key(0)), mx.array([0.0, 0.4, 1.0])
+    for times in (t, t[1:2]):
+        want = np.asarray(SpectralForcing(32)(x, times))
+        for form in (forcing.textbook(32), forcing.even_odd(32)):
+            np.testing.assert_allclose(np.asarray(form(x, times)), want, atol=2e-5)
+    assert forcing.operator_flops(model_config("B/32", img_size=256)) == 4 * 2 * 3 * 256**3
+    status, out, _ = cli("bench", "forcing", "--size", "nano/8", "--img-size", 32, "--rounds", 1, "--json")
+    result = json.loads(out)
+    assert status == 0
+    assert result["share_of_forward_shared"] == result["forcing_shared_seconds"] / result["forward_seconds"]
+    assert "share of forward per image" in cli("bench", "forcing", "--size", "nano/8", "--img-size", 32)[1]

@@ -111,6 +111,26 @@ def solvers(output: str, images: int) -> None:
 
 
 @command.command()
+@_size
+@_img
+@_batch
+@_dtype
+@click.option("--rounds", type=click.IntRange(1), default=9, show_default=True, help="Medians count.")
+@_json
+def forcing(size: str, img_size: int, batch_size: int, dtype: str | None, rounds: int, as_json: bool) -> None:
+    """Spectral Forcing alone: its share of a forward pass, and other forms of the same operator."""
+    from ..bench.forcing import measure_forcing
+
+    result = measure_forcing(size, img_size, batch_size, pick_dtype(dtype), rounds)
+    if not as_json:
+        del result["fastest_and_slowest"]
+        shares = {k: f"{v:.2%}" for k, v in result.items() if k.startswith("share")}
+        seconds = {k: f"{1000 * v:,.2f} ms" for k, v in result.items() if k.endswith("seconds")}
+        result |= shares | seconds
+    show(result, as_json)
+
+
+@command.command()
 @click.argument("kind", type=click.Choice(["sample", "train"]))
 @_size
 @_img
