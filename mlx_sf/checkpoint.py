@@ -5,22 +5,25 @@ puts the set in front, "ema1/blocks.0...". Tensors with another prefix ("optimiz
 The containers are `tensor_file`'s.
 """
 
+import dataclasses
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_flatten
 
-from .config import Config, ModelConfig
+from . import __version__
+from .config import Config, ModelConfig, QuantizationConfig
 from .errors import MlxSfError
-from .model import JiT, cast_products
-from .tensor_file import SUFFIXES, Entry, TensorFile, write_tensor_file
+from .model import JiT, cast_products, is_product_operand
+from .quantize import FLOATS, dequantized, is_quantized, quantize_layers, quantized_entries, stored
+from .tensor_file import SUFFIXES, Entry, TensorFile, bits_of, write_tensor_file
 
 WEIGHT_SETS = ("model", "ema1", "ema2")
-_FLOATS = ("float32", "float16", "bfloat16")
 
 
 def write_checkpoint(path: str | os.PathLike[str], entries: Sequence[Entry], config: Config) -> None:
@@ -69,12 +72,17 @@ class Checkpoint:
             "x_embedder.proj1.weight": (c.bottleneck_dim, 3 * c.patch_size**2),
             f"blocks.{c.depth - 1}.mlp.w3.weight": (c.hidden_size, c.mlp_hidden),
         }
-        for key, shape in sizes.items():
-            e = entries.get(stored_name(self.config, self.config.weights[0], key))
+        first = self.config.weights[0]
+        wanted = [stand_in for key, shape in sizes.items() for stand_in in self._stored(key, shape).items()]
+        for key, (_, shape) in wanted:
+            e = entries.get(stored_name(self.config, first, key))
             if e is None:
                 raise MlxSfError(f"{self.path}: lacks tensor {key!r}: not a complete checkpoint")
             if e.shape != shape:
                 raise MlxSfError(f"{self.path}: tensor {key!r} has shape {e.shape}, its configuration wants {shape}")
+
+    def _stored(self, key: str, shape: tuple[int, ...]) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
+        return stored(key, shape, self.config.quantization)
 
     def pick(self, weights: str | None = None) -> str:
         """Name of the weight set to use: the one asked for, else "ema1", else the first."""
@@ -86,25 +94,48 @@ class Checkpoint:
             raise MlxSfError(f"{self.path}: holds weights {listed}, not {weights!r}: choose one or convert again")
         return weights
 
+    def require_floats(self) -> None:
+        """Refuse quantised weights, which are for drawing and judging pictures only."""
+        if (q := self.config.quantization) is not None:
+            raise MlxSfError(
+                f"{self.path}: holds {q.bits}-bit weights, which cannot be trained, exported or quantised again: "
+                "take the float checkpoint they were made from"
+            )
+
     def weights(self, weights: str | None = None) -> dict[str, mx.array]:
-        """One weight set, checked against the configuration: every tensor, its shape, finite values."""
+        """One weight set of floats, checked against the configuration: every tensor, its shape, finite values."""
+        self.require_floats()
+        return self.tensors(weights)
+
+    def tensors(self, weights: str | None = None) -> dict[str, mx.array]:
+        """`weights` as they are stored: of quantised layers, the codes, scales and biases."""
+        return dict(self.stream(weights))
+
+    def stream(self, weights: str | None = None) -> Iterator[tuple[str, mx.array]]:
+        """`tensors` one after another: none but the last need stay in memory."""
         name = self.pick(weights)
-        shapes = parameter_shapes(self.config.model)
+        shapes: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {}
+        for key, shape in parameter_shapes(self.config.model).items():
+            shapes |= self._stored(key, shape)
         known = {stored_name(self.config, s, k) for s in self.config.weights for k in shapes}
         for key in self.file.entries:
             if key not in known and ("/" not in key or key.split("/")[0] in WEIGHT_SETS):
                 raise MlxSfError(f"{self.path}: tensor {key!r} is not part of the network")
         self.file.verify()
-        return {k: self._tensor(stored_name(self.config, name, k), shape) for k, shape in shapes.items()}
+        for key, want in shapes.items():
+            yield key, self._tensor(stored_name(self.config, name, key), *want)
 
-    def _tensor(self, key: str, shape: tuple[int, ...]) -> mx.array:
+    def _tensor(self, key: str, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> mx.array:
         e = self.file.entries.get(key)
         if e is None:
             raise MlxSfError(f"{self.path}: lacks tensor {key!r}: not a complete checkpoint")
-        if e.shape != shape or e.dtype not in _FLOATS:
-            raise MlxSfError(f"{self.path}: tensor {key!r} is {e.dtype} {e.shape}, its configuration wants {shape}")
+        if e.shape != shape or e.dtype not in dtypes:
+            kind = "" if e.dtype in dtypes else f"{dtypes[0]} "
+            raise MlxSfError(
+                f"{self.path}: tensor {key!r} is {e.dtype} {e.shape}, its configuration wants {kind}{shape}"
+            )
         value = e.array()
-        if not mx.all(mx.isfinite(value)).item():
+        if e.dtype in FLOATS and not mx.all(mx.isfinite(value)).item():
             raise MlxSfError(f"{self.path}: tensor {key!r} holds NaN or infinite values: take another checkpoint")
         return value
 
@@ -122,22 +153,100 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def load_model(
-    source: "Checkpoint | str | os.PathLike[str]", weights: str | None = None, dtype: mx.Dtype | None = None
+    source: "Checkpoint | str | os.PathLike[str]",
+    weights: str | None = None,
+    dtype: mx.Dtype | None = None,
+    dequantize: bool = False,
 ) -> tuple[JiT, Config]:
     """The network of a checkpoint (opened, or a path, run folder or Hugging Face repo id) and its configuration.
 
     `weights` picks a set ("model", "ema1", "ema2"; default ema1 where there is one); the configuration returned names
     just that one. Weights are float32, or with `dtype` the matrix products run in it (`model.cast_products`).
+    Quantised weights stay so, unless `dequantize` expands them to floats, as the configuration returned then says.
     """
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(resolve(source))
     name = checkpoint.pick(weights)
-    model = JiT(checkpoint.config.model)
-    tensors = {k: v.astype(mx.float32) for k, v in checkpoint.weights(name).items()}
-    if dtype is not None:
-        tensors = cast_products(tensors, dtype)
-    model.load_weights(list(tensors.items()), strict=True)
-    mx.eval(model.parameters())
-    return model, checkpoint.config.replace(weights=(name,))
+    config = checkpoint.config.replace(weights=(name,))
+    model, stream = JiT(config.model), checkpoint.stream(name)
+    if config.quantization is not None and dequantize:
+        stream = dequantized(stream, parameter_shapes(config.model), config.quantization)
+        config = config.replace(quantization=None)
+    elif config.quantization is not None:
+        quantize_layers(model, config.quantization)
+    loaded = []
+    for key, value in stream:
+        if value.dtype != mx.uint32:  # codes of quantised weights stay what they are
+            value = cast_products({key: value}, dtype or mx.float32)[key]
+        mx.eval(value)  # one by one: in bfloat16 a network takes half of its float32 file's size, not one and a half
+        loaded.append((key, value))
+    model.load_weights(loaded, strict=True)
+    return model, config
+
+
+def quantize_checkpoint(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    q: QuantizationConfig,
+    weights: Iterable[str] | None = None,
+    dtype: str | None = None,
+    on_tensor: Callable[[int, int], None] | None = None,
+) -> Config:
+    """Write a checkpoint of floats with its linear layers quantised by `q`, holding one tensor at a time.
+
+    `weights` names sets (default: as `Checkpoint.pick`); `dtype` is that of the products' operands that stay floats
+    (default: as in `source`). `on_tensor(done, total)` is called after each tensor. Returns the new configuration.
+    """
+    checkpoint = Checkpoint(resolve(source))
+    checkpoint.require_floats()
+    checkpoint.file.verify()
+    if Path(target).exists() and Path(target).samefile(checkpoint.path):
+        raise MlxSfError(f"{target}: is the file to convert: choose another name for the result")
+    chosen = [checkpoint.pick(w) for w in weights] if weights else [checkpoint.pick()]
+    shapes = parameter_shapes(checkpoint.config.model)
+    made = {"quantized_from": checkpoint.path.name, "quantized_by": f"mlx-sf {__version__}"}
+    config = checkpoint.config.replace(
+        weights=tuple(chosen), quantization=q, provenance={**checkpoint.config.provenance, **made}
+    )
+    entries: list[Entry] = []
+    for name in chosen:
+        floats = [_float_entry(checkpoint, name, key, shape, dtype, q) for key, shape in shapes.items()]
+        entries += [
+            dataclasses.replace(e, name=stored_name(config, name, e.name)) for e in quantized_entries(floats, q)
+        ]
+    write_checkpoint(target, counted(entries, on_tensor), config)
+    return config
+
+
+def _float_entry(
+    checkpoint: Checkpoint, weights: str, key: str, shape: tuple[int, ...], dtype: str | None, q: QuantizationConfig
+) -> Entry:
+    """A tensor of a checkpoint, read when asked for; as float32 where it is going to be quantised."""
+    name = stored_name(checkpoint.config, weights, key)
+    entry = checkpoint.file.entries.get(name)
+    kept = entry.dtype if entry is not None else "float32"
+    kept = dtype if dtype is not None and is_product_operand(key) else kept
+    kind = "float32" if is_quantized(key, q) else kept
+
+    def read() -> np.ndarray:
+        return bits_of(np.asarray(checkpoint._tensor(name, FLOATS, shape).astype(mx.float32)), kind)
+
+    return Entry(key, kind, shape, read)
+
+
+def counted(entries: list[Entry], on_tensor: Callable[[int, int], None] | None) -> list[Entry]:
+    """The entries, each telling `on_tensor(done, total)` when it has been read."""
+    if on_tensor is None:
+        return entries
+
+    def one(i: int, e: Entry) -> Entry:
+        def read() -> np.ndarray:
+            bits = e.read()
+            on_tensor(i + 1, len(entries))
+            return bits
+
+        return dataclasses.replace(e, read=read)
+
+    return [one(i, e) for i, e in enumerate(entries)]
 
 
 def demo_checkpoint() -> Path:

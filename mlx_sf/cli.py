@@ -20,6 +20,7 @@ COMMANDS = {
     "info": "Say what a checkpoint, a PNG or this installation is.",
     "eval": "Measure FID, IS, KID, precision and recall of a checkpoint or a folder of pictures.",
     "stats": "Make reference statistics for FID from a data set.",
+    "spectrum": "Measure a data set's spectrum, and what the forcing does to it; where a network's capacity goes.",
     "bench": "Measure speed and memory on this machine.",
     "selftest": "Check this device against the reference's golden numbers.",
 }

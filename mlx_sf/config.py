@@ -5,6 +5,7 @@ and repeat its sampling. Field names follow the published PyTorch code where it 
 """
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -15,8 +16,8 @@ from .errors import MlxSfError
 
 PredParam = Literal["x", "v", "hybrid"]
 HybridMode = Literal["one_minus_t", "snr", "snr_inverse"]
-ScaleSchedule = Literal["linear", "fixed"]
-Method = Literal["heun", "euler"]
+ScaleSchedule = Literal["linear", "fixed", "power", "cosine", "data"]
+Method = Literal["heun", "euler", "multistep"]
 
 
 def _require(ok: bool, where: str, got: Any, want: str) -> None:
@@ -28,13 +29,20 @@ def _choice(where: str, got: Any, kind: Any) -> None:
     _require(got in get_args(kind), where, got, "one of " + ", ".join(get_args(kind)))
 
 
+def _finite(value: Any) -> bool:
+    """Whether `value` is a number that a float can hold."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number above 1e308
+        return False
+
+
 def _fields_typed(config: Any) -> None:
     """Refuse values of the wrong kind, so that a hand-edited or foreign config fails here and not inside MLX."""
     for f in dataclasses.fields(config):
         value, kind = getattr(config, f.name), f.type
         if kind is float:
-            ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            _require(ok, f.name, value, "a finite number")
+            _require(_finite(value), f.name, value, "a finite number")
             object.__setattr__(config, f.name, float(value))
         elif kind is int:
             _require(isinstance(value, int) and not isinstance(value, bool), f.name, value, "a whole number")
@@ -44,12 +52,26 @@ def _fields_typed(config: Any) -> None:
             _require(isinstance(value, str), f.name, value, "a string")
 
 
+def _numbers(where: str, values: Any) -> tuple[float, ...]:
+    """A list or tuple (JSON knows lists only) of finite numbers as a tuple of floats."""
+    _require(isinstance(values, list | tuple), where, values, "a list of numbers")
+    for v in values:
+        _require(_finite(v), where, v, "finite numbers")
+    return tuple(map(float, values))
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The network: JiT with or without Spectral Forcing on its input.
 
     Sizes are in pixels (`img_size`, `patch_size`, `window_size`), tokens (`in_context_len`) or channels. `window_size`
     0 stands for the whole image and is resolved at construction. Raises `MlxSfError` where sizes do not fit together.
+
+    The forcing's mask passes frequencies below a cutoff radius c(t) (0 is the mean, 1 the highest frequency). Published
+    models open it from `min_keep` to `max_keep` with f(t) = t ("linear") or hold it at f = `fixed_scale` ("fixed").
+    Ours beside them: "power", f = t**`schedule_power`; "cosine", f = (1 - cos(pi t)) / 2; "data", c(t) itself given as
+    `schedule_cutoffs` at equal steps of t from 0 to 1, linear between. `exact_end` renormalises the mask to be exactly
+    1 at t = 1 (see `spectral.SpectralForcing`).
     """
 
     img_size: int = 256
@@ -70,6 +92,9 @@ class ModelConfig:
     mask_sharpness: float = 30.0
     min_keep: float = 0.05
     max_keep: float = 1.0
+    schedule_power: float = 1.0
+    schedule_cutoffs: tuple[float, ...] = ()
+    exact_end: bool = False
     attn_dropout: float = 0.0
     proj_dropout: float = 0.0
 
@@ -101,11 +126,33 @@ class ModelConfig:
             object.__setattr__(self, "window_size", self.img_size)
         ok = self.window_size >= 2 and self.img_size % self.window_size == 0
         _require(ok, "window_size", self.window_size, f"a divisor of img_size {self.img_size}, at least 2")
-        _choice("scale_schedule", self.scale_schedule, ScaleSchedule)
-        _require(0.0 <= self.fixed_scale <= 1.0, "fixed_scale", self.fixed_scale, "a scale from 0 to 1")
+        object.__setattr__(self, "schedule_cutoffs", _numbers("schedule_cutoffs", self.schedule_cutoffs))
+        self._check_schedule()
         for name in ("attn_dropout", "proj_dropout"):
             _require(0.0 <= getattr(self, name) < 1.0, name, getattr(self, name), "a probability below 1")
         _require(self.mlp_hidden >= 1, "mlp_ratio", self.mlp_ratio, "a ratio that leaves at least one hidden channel")
+
+    def _check_schedule(self) -> None:
+        kind, cutoffs = self.scale_schedule, self.schedule_cutoffs
+        _choice("scale_schedule", kind, ScaleSchedule)
+        _require(0.0 <= self.fixed_scale <= 1.0, "fixed_scale", self.fixed_scale, "a scale from 0 to 1")
+        _require(self.schedule_power > 0, "schedule_power", self.schedule_power, "above 0")
+        if kind != "power":
+            _require(self.schedule_power == 1, "schedule_power", self.schedule_power, f"1 with scale_schedule {kind}")
+        if kind != "data":
+            _require(not cutoffs, "schedule_cutoffs", cutoffs, f"none with scale_schedule {kind}")
+        else:
+            _require(len(cutoffs) >= 2, "schedule_cutoffs", cutoffs, "at least 2 radii with scale_schedule data")
+            falls = [(a, b) for a, b in itertools.pairwise(cutoffs) if b < a]
+            _require(not falls, "schedule_cutoffs", falls[0] if falls else (), "radii that never fall")
+            _require(cutoffs[0] >= 0, "schedule_cutoffs", cutoffs[0], "a first radius of 0 or more")
+            _require(cutoffs[-1] >= 1, "schedule_cutoffs", cutoffs[-1], "a last radius of at least 1 (all frequencies)")
+        if self.exact_end:
+            _require(kind != "fixed", "exact_end", True, "false with scale_schedule fixed, whose mask has no end")
+            opens = self.min_keep <= self.max_keep and self.mask_sharpness > 0
+            ok = kind == "data" or (opens and self.max_keep >= 1)
+            want = "false unless max_keep is at least 1, min_keep below it and mask_sharpness above 0"
+            _require(ok and self.mask_sharpness > 0, "exact_end", True, want)
 
     @property
     def head_dim(self) -> int:
@@ -125,6 +172,13 @@ class ModelConfig:
     def null_class(self) -> int:
         """The label that means "no class": the row after the last class."""
         return self.num_classes
+
+
+# the fields of `ModelConfig` that describe the forcing itself
+FORCING_FIELDS = (
+    "window_size", "scale_schedule", "fixed_scale", "mask_sharpness", "min_keep", "max_keep",
+    "schedule_power", "schedule_cutoffs", "exact_end",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -158,7 +212,8 @@ class FlowConfig:
 class SampleConfig:
     """How to draw samples. `cfg` 1 means no guidance; it acts for `cfg_low < t < cfg_high` (a low end of 0 included).
 
-    `t_eps` None takes the flow's own, as the published sampler does.
+    `heun` and `euler` are the published solvers; `multistep` is second order with one evaluation a step. `t_eps` None
+    takes the flow's own with the published ones, as they do, and bounds nothing with `multistep`.
     """
 
     method: Method = "heun"
@@ -181,12 +236,41 @@ class SampleConfig:
             object.__setattr__(self, "t_eps", float(self.t_eps))
 
 
+LayerKind = Literal["attention", "feed_forward", "modulation", "patch_embedder", "time_embedder", "head"]
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """Linear layers whose weights are held in few `bits` (8 or 4), for inference only.
+
+    Along a row, `group_size` neighbours share a scale and a bias. `layers` are the kinds of layers this applies to; by
+    default the blocks' products, 96 % of JiT-B/32. The rest is small and costs more precision than it saves memory.
+    """
+
+    bits: int
+    group_size: int = 64
+    layers: tuple[str, ...] = ("attention", "feed_forward", "modulation")
+
+    def __post_init__(self) -> None:
+        _fields_typed(self)
+        _require(self.bits in (4, 8), "quantization bits", self.bits, "8 or 4")
+        _require(self.group_size in (32, 64, 128), "quantization group_size", self.group_size, "32, 64 or 128")
+        _require(
+            isinstance(self.layers, (list, tuple)), "quantization layers", self.layers, "a list of kinds of layers"
+        )
+        object.__setattr__(self, "layers", tuple(self.layers))
+        ok = len(self.layers) >= 1 and len(set(map(str, self.layers))) == len(self.layers)
+        _require(ok, "quantization layers", self.layers, "different kinds of layers, at least one")
+        for kind in self.layers:
+            _choice("quantization layers", kind, LayerKind)
+
+
 @dataclass(frozen=True)
 class Config:
     """Everything a checkpoint says about itself.
 
     `weights` names the weight sets in the file ("model", "ema1", "ema2"); `class_names` may be empty; `provenance`
-    is free text for people: where the weights came from.
+    is free text for people: where the weights came from. `quantization` is None where all weights are floats.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -196,6 +280,7 @@ class Config:
     weights: tuple[str, ...] = ("model",)
     class_names: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    quantization: QuantizationConfig | None = None
 
     def __post_init__(self) -> None:
         want = 6 if self.flow.pred_param == "hybrid" else 3
@@ -234,7 +319,10 @@ class Config:
         return dataclasses.replace(self, **own)
 
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, "version": FORMAT_VERSION, **dataclasses.asdict(self)}, indent=1)
+        data = {"format": FORMAT, "version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        if self.quantization is None:
+            del data["quantization"]  # programs from before there was any read the file, too
+        return json.dumps(data, indent=1)
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str = "config") -> "Config":
@@ -250,6 +338,8 @@ class Config:
             raise MlxSfError(f"{where}: format version {version!r}, this program reads {FORMAT_VERSION}: update mlx-sf")
         for part, kind in (("model", ModelConfig), ("flow", FlowConfig), ("sample", SampleConfig)):
             data[part] = _from_mapping(kind, data.get(part, {}), f"{where}: {part}")
+        if data.get("quantization") is not None:
+            data["quantization"] = _from_mapping(QuantizationConfig, data["quantization"], f"{where}: quantization")
         for part in ("weights", "class_names"):
             if part in data:
                 _require(isinstance(data[part], list), part, data[part], "a list")

@@ -17,10 +17,21 @@ from typing import Any
 import numpy as np
 
 from . import __version__
-from .checkpoint import WEIGHT_SETS, parameter_shapes, stored_name, write_checkpoint
-from .config import SIZES, Config, FlowConfig, ModelConfig, SampleConfig, find_size, preset_name
+from .checkpoint import WEIGHT_SETS, counted, parameter_shapes, stored_name, write_checkpoint
+from .config import (
+    FORCING_FIELDS,
+    SIZES,
+    Config,
+    FlowConfig,
+    ModelConfig,
+    QuantizationConfig,
+    SampleConfig,
+    find_size,
+    preset_name,
+)
 from .errors import MlxSfError
 from .model import is_product_operand
+from .quantize import is_quantized, quantized_entries
 from .tensor_file import Entry, bits_of, check_suffix
 from .torch_file import Record, TensorRef, open_torch_file
 
@@ -78,10 +89,12 @@ _HINTS = {
     "hybrid_x_weight_mode": "one_minus_t, snr or snr_inverse",
     "fixed_scale": "the constant that replaces t in the schedule, 0 to 1",
 }
-# every field that a flag may set
+# every field that a flag may set; the schedules beside the published ones are ours, no PyTorch file has them
+_NO_FLAG = ("out_channels", "schedule_power", "schedule_cutoffs", "exact_end")
 FLAG_FIELDS = tuple(
-    f.name for part in (ModelConfig, FlowConfig) for f in dataclasses.fields(part) if f.name != "out_channels"
+    f.name for part in (ModelConfig, FlowConfig) for f in dataclasses.fields(part) if f.name not in _NO_FLAG
 )
+PUBLISHED_SCHEDULES = ("linear", "fixed")
 
 
 @dataclass
@@ -108,12 +121,14 @@ def convert(
     dtype: str = "float32",
     flags: Mapping[str, Any] | None = None,
     on_tensor: Callable[[int, int], None] | None = None,
+    quantization: QuantizationConfig | None = None,
 ) -> Report:
     """Convert a `torch.save` file to a checkpoint, holding one tensor at a time.
 
     `weights` names one set or several ("ema1" by default; a bare state dict has just one, called "model"); `dtype`
     ("float32", "float16", "bfloat16") is that of the matrix products' operands, all else stays float32; `flags` are
-    config fields that the file does not say; `on_tensor(done, total)` is called after each tensor.
+    config fields that the file does not say; `on_tensor(done, total)` is called after each tensor. With `quantization`
+    the layers that it names are quantised, from float32.
 
     Raises `MlxSfError` for unreadable files, missing, extra, misshapen or non-finite tensors, and settings that
     contradict each other or are said nowhere.
@@ -131,35 +146,20 @@ def convert(
         provenance = {"converted_from": Path(source).name, "converted_by": f"mlx-sf {__version__}", "dtype": dtype}
         if epoch is not None:
             provenance["epoch"] = epoch
-        config = config.replace(weights=tuple(chosen), provenance=provenance)
+        config = config.replace(weights=tuple(chosen), provenance=provenance, quantization=quantization)
         report.config, report.layout = config, file.layout
         entries = []
         for name, (tensors, ignored) in stripped.items():
             where = f"{source}: {name}"
             entries += [
                 dataclasses.replace(e, name=stored_name(config, name, e.name))
-                for e in _entries(tensors, config.model, dtype, where)
+                for e in _entries(tensors, config.model, dtype, where, quantization)
             ]
             report.ignored += ignored
         report.parameters = sum(math.prod(s) for s in parameter_shapes(config.model).values())
-        write_checkpoint(target, _counted(entries, on_tensor), config)
+        write_checkpoint(target, counted(entries, on_tensor), config)
         report.bytes = Path(target).stat().st_size
     return report
-
-
-def _counted(entries: list[Entry], on_tensor: Callable[[int, int], None] | None) -> list[Entry]:
-    if on_tensor is None:
-        return entries
-
-    def counted(i: int, e: Entry) -> Entry:
-        def read() -> np.ndarray:
-            bits = e.read()
-            on_tensor(i + 1, len(entries))
-            return bits
-
-        return dataclasses.replace(e, read=read)
-
-    return [counted(i, e) for i, e in enumerate(entries)]
 
 
 # ------------------------------------------------------------------------------------------------ weight sets
@@ -211,7 +211,9 @@ def _strip(tensors: Tensors, where: str) -> tuple[dict[str, TensorRef], list[str
 # ------------------------------------------------------------------------------------------------ tensors
 
 
-def _entries(tensors: Mapping[str, TensorRef], config: ModelConfig, dtype: str, where: str) -> list[Entry]:
+def _entries(
+    tensors: Mapping[str, TensorRef], config: ModelConfig, dtype: str, where: str, q: QuantizationConfig | None = None
+) -> list[Entry]:
     """The network's tensors as lazy entries in its own layout; every key is accounted for."""
     shapes = parameter_shapes(config)
     missing = [k for k in shapes if k not in tensors]
@@ -227,8 +229,9 @@ def _entries(tensors: Mapping[str, TensorRef], config: ModelConfig, dtype: str, 
             raise MlxSfError(f"{where}: tensor {key!r} has shape {ref.shape}, want {shape}")
         if not ref.dtype.startswith(("float", "bfloat")):
             raise MlxSfError(f"{where}: tensor {key!r} is {ref.dtype}, want a float type")
-        entries.append(_entry(key, shape, ref, dtype if is_product_operand(key) else "float32", where))
-    return entries
+        rounded = is_product_operand(key) and not is_quantized(key, q)
+        entries.append(_entry(key, shape, ref, dtype if rounded else "float32", where))
+    return entries if q is None else quantized_entries(entries, q)
 
 
 def _source_shapes(key: str, shape: tuple[int, ...], config: ModelConfig) -> list[tuple[int, ...]]:
@@ -295,9 +298,14 @@ def _configure(
         _from_args(args, s)
     for name, value in flags.items():
         if name not in FLAG_FIELDS:
-            raise MlxSfError(f"no setting is called {name!r}")
+            raise MlxSfError(f"{where}: no setting of PyTorch models is called {name!r}")
         if name == "window_size" and value == 0:
             value = s.get("img_size")  # 0: the whole image
+        if name == "scale_schedule" and value not in PUBLISHED_SCHEDULES:
+            raise MlxSfError(
+                f"{where}: flag --scale-schedule says {value!r}, but PyTorch models were trained with "
+                f"{' or '.join(PUBLISHED_SCHEDULES)}: convert it as it is, then train on with mlx-sf train --init"
+            )
         s.put(name, value, f"flag {flag_name(name)}")
     name = _name(s, args)
     _complete(s)
@@ -428,11 +436,6 @@ def _complete(s: _Settings) -> None:
         asked = "; ".join(f"{flag_name(n)} ({_HINTS[n]})" for n in missing)
         raise MlxSfError(f"{s.where}: neither its weights nor its args say {', '.join(missing)}: give {asked}")
     for field_name, value in _PUBLISHED.items():
-        if field_name not in s.values and (s.get("spectral_forcing") or field_name not in _FORCING_FIELDS):
+        if field_name not in s.values and (s.get("spectral_forcing") or field_name not in FORCING_FIELDS):
             value = s.get("img_size") if field_name == "window_size" else value
             s.put(field_name, value, "published")
-
-
-_FORCING_FIELDS = (
-    "window_size", "scale_schedule", "fixed_scale", "mask_sharpness", "min_keep", "max_keep"
-)  # fmt: skip

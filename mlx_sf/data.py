@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from .errors import MlxSfError
 from .hub_data import DatasetSource, StreamSource
-from .pictures import BadPictureError, Decode, load_picture
+from .pictures import BadPictureError, Decode, load_picture, short_side
 from .scenes import SCENE_CLASSES, SceneOptions, scene
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
@@ -108,6 +108,10 @@ class FolderSource:
 
     def load(self, index: int) -> tuple[np.ndarray, int]:
         return load_picture(self._files[index], self.size, self._decode), int(self._labels[index])
+
+    def short_side(self, index: int) -> int | None:
+        """The stored picture's own shorter side in pixels; None where it cannot be read."""
+        return short_side(self._files[index])
 
     def name(self, index: int) -> str:
         return str(self._files[index])

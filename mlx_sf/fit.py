@@ -75,6 +75,7 @@ def plan(given: Mapping[str, Any], resume: str | None = None) -> Plan:
         settings = folder.continued(given)
     elif "init" in given:
         base = Checkpoint(resolve(given["init"]))
+        base.require_floats()
         settings = Settings(**apply_base(given, base.config))
     else:
         settings = Settings(**given)

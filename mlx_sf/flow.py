@@ -17,6 +17,11 @@ def _per_image(t: mx.array) -> mx.array:
     return t.reshape(-1, 1, 1, 1)
 
 
+def published_noise_scale(img_size: int) -> float:
+    """Standard deviation of the noise in the published recipes: 1 at 256 pixels, 2 at 512; never below 1."""
+    return max(1.0, img_size / 256)
+
+
 def training_times(normal: mx.array, flow: FlowConfig) -> mx.array:
     """Logit-normal times t = sigmoid(P_mean + P_std * n) from standard normal draws."""
     return mx.sigmoid(flow.P_mean + flow.P_std * normal)

@@ -5,7 +5,7 @@ Everything that can be wrong with a request is found before the first step is co
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from .errors import MlxSfError
 from .files import check_writable, replacing, writable_folder
 from .image import grid, image_name, save_png
 from .model import JiT
-from .sample import State, sample_states, seeded_noise, to_uint8
+from .quantize import describe
+from .sample import Sampler, State, lower_bound, seeded_noise, to_uint8
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ def generate(
 ) -> Iterator[tuple[Sequence[int], State]]:
     """States of this process's batches, one after another, each with the numbers of its images; evaluated."""
     compiled = compile_by_default()
+    sampler = Sampler(model, config, compiled)
     for numbers in my_batches(len(request), batch_size, world or World()):
         # a compiled function has one entry per shape: fill the last batch up, and drop what is too much
         padded = list(numbers) + [numbers[-1]] * (min(batch_size, len(request)) - len(numbers)) * compiled
@@ -115,10 +117,23 @@ def generate(
         else:
             noise = seeded_noise([request.seeds[i] for i in padded], config.model.img_size)
         labels = mx.array([request.labels[i] for i in padded])
-        for state in sample_states(model, config, noise, labels, compiled):
-            mx.eval(state.z)
-            m = len(numbers)
+        m = len(numbers)
+        for state in ahead(sampler.states(noise, labels)):
             yield numbers, dataclasses.replace(state, z=state.z[:m], x=state.x[:m])
+
+
+def ahead(states: Iterable[State]) -> Iterator[State]:
+    """Evaluated states; while one is looked at, the device already works on the next."""
+    waiting: State | None = None
+    for state in states:
+        mx.async_eval(state.z)
+        if waiting is not None:
+            mx.eval(waiting.z)
+            yield waiting
+        waiting = state
+    if waiting is not None:
+        mx.eval(waiting.z)
+        yield waiting
 
 
 def metadata(config: Config, request: Request, i: int, checkpoint: str, dtype: str) -> dict[str, Any]:
@@ -137,9 +152,10 @@ def metadata(config: Config, request: Request, i: int, checkpoint: str, dtype: s
         "method": s.method,
         "cfg": s.cfg,
         "cfg_interval": [s.cfg_low, s.cfg_high],
-        "t_eps": s.t_eps if s.t_eps is not None else config.flow.t_eps,
+        "t_eps": lower_bound(config),
         "noise_scale": config.flow.noise_scale,
         "dtype": dtype,
+        **({"quantized": describe(config.quantization)} if config.quantization else {}),
     }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .errors import MlxSfError
-from .pictures import BadPictureError, Decode, load_picture
+from .pictures import BadPictureError, Decode, load_picture, short_side
 
 
 class DatasetSource:
@@ -45,6 +45,10 @@ class DatasetSource:
     def load(self, index: int) -> tuple[np.ndarray, int]:
         return _decode_item(self._data[index][self._image], self.size, self._decode), int(self._labels[index])
 
+    def short_side(self, index: int) -> int | None:
+        """The stored picture's own shorter side in pixels; None where it cannot be read."""
+        return _side_of_item(self._data[index][self._image])
+
     def name(self, index: int) -> str:
         return f"{self.path} row {index}"
 
@@ -57,6 +61,11 @@ def _decode_item(item: Any, size: int, decode: Decode) -> np.ndarray:
     if not isinstance(item, dict) or not (item.get("bytes") or item.get("path")):
         raise BadPictureError("the row holds no picture")
     return load_picture(item.get("bytes") or item["path"], size, decode)
+
+
+def _side_of_item(item: Any) -> int | None:
+    stored = isinstance(item, dict) and (item.get("bytes") or item.get("path"))
+    return short_side(stored) if stored else None
 
 
 def _open_dataset(path: str, split: str, streaming: bool) -> Any:
@@ -198,6 +207,10 @@ class StreamSource:
         if not 0 <= label < len(self.class_names):
             raise BadPictureError(f"label {label}, want 0 to {len(self.class_names) - 1}")
         return _decode_item(row[self._image], self.size, self._decode), label
+
+    def short_side_of(self, row: Any) -> int | None:
+        """The shorter side in pixels of the picture in a row; None where it cannot be read."""
+        return _side_of_item(row[self._image])
 
     def name(self, index: int) -> str:
         return f"{self.path} (stream)"

@@ -5,6 +5,7 @@ import mlx.core as mx
 from .checkpoint import Checkpoint
 from .config import Config
 from .errors import MlxSfError
+from .spectral import describe_forcing
 from .train import Weights
 
 _TABLE = "y_embedder.embedding_table.weight"
@@ -41,6 +42,9 @@ def adapt(checkpoint: Checkpoint, weights: str | None, fresh: Weights, config: C
         notes.append(f"init: positions made anew for {config.model.img_size} pixels, it had {base.model.img_size}")
     if base.model.spectral_forcing != config.model.spectral_forcing:
         notes.append(f"init: Spectral Forcing is {'on' if config.model.spectral_forcing else 'off'} now")
+    elif config.model.spectral_forcing:
+        was, now = describe_forcing(base.model), describe_forcing(config.model)
+        notes += [f"init: the forcing is {now} now, the weights were trained with {was}"] if was != now else []
     return new, notes
 
 

@@ -8,7 +8,7 @@ D hidden size, h heads, d = D/h.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -174,9 +174,17 @@ class Block(nn.Module):
         self.adaLN_modulation = [nn.SiLU(), Linear(c.hidden_size, 6 * c.hidden_size)]
 
     def __call__(
-        self, x: mx.array, silu_c: mx.array, cos: mx.array, sin: mx.array, key: mx.array | None = None
+        self,
+        x: mx.array,
+        silu_c: mx.array | None,
+        cos: mx.array,
+        sin: mx.array,
+        key: mx.array | None = None,
+        modulation: mx.array | None = None,
     ) -> mx.array:
-        shift1, scale1, gate1, shift2, scale2, gate2 = mx.split(self.adaLN_modulation[1](silu_c), 6, axis=-1)  # (B, D)
+        if modulation is None:
+            modulation = self.adaLN_modulation[1](silu_c)
+        shift1, scale1, gate1, shift2, scale2, gate2 = mx.split(modulation, 6, axis=-1)  # (B, D)
         keys = (None, None) if key is None else mx.random.split(key)
         x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1), cos, sin, keys[0])
         return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2), keys[1])
@@ -233,8 +241,10 @@ class FinalLayer(nn.Module):
         self.linear = Linear(c.hidden_size, c.patch_size**2 * c.out_channels)
         self.adaLN_modulation = [nn.SiLU(), Linear(c.hidden_size, 2 * c.hidden_size)]
 
-    def __call__(self, x: mx.array, silu_c: mx.array) -> mx.array:
-        shift, scale = mx.split(self.adaLN_modulation[1](silu_c), 2, axis=-1)
+    def __call__(self, x: mx.array, silu_c: mx.array | None, modulation: mx.array | None = None) -> mx.array:
+        if modulation is None:
+            modulation = self.adaLN_modulation[1](silu_c)
+        shift, scale = mx.split(modulation, 2, axis=-1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
@@ -243,22 +253,15 @@ class JiT(nn.Module):
 
     Call with x (B, 3, H, H), t a scalar or (B,) in [0, 1], y (B,) integers where `num_classes` means "no class".
     Returns (B, out_channels, H, H) float32. With `key` dropout acts (in the middle half of the depth); without, not.
-    `block_wrapper` turns a block into the callable that runs it (gradient checkpointing).
+    `block_wrapper` turns a block into the callable that runs it (gradient checkpointing). `modulations` are what
+    `self.modulations(t, y)` gives, where a caller has them already.
     """
 
     def __init__(self, config: ModelConfig, key: mx.array | None = None) -> None:
         super().__init__()
         c = self._config = config
         if c.spectral_forcing:
-            self._forcing = SpectralForcing(
-                c.img_size,
-                c.window_size,
-                c.scale_schedule,
-                c.fixed_scale,
-                c.mask_sharpness,
-                c.min_keep,
-                c.max_keep,
-            )
+            self._forcing = SpectralForcing.of(c)
         self.t_embedder = TimestepEmbedder(c.hidden_size)
         self.y_embedder = LabelEmbedder(c.num_classes, c.hidden_size)
         self.x_embedder = PatchEmbed(c)
@@ -283,13 +286,15 @@ class JiT(nn.Module):
         y: mx.array,
         key: mx.array | None = None,
         block_wrapper: Callable[[Block], Callable[..., mx.array]] | None = None,
+        modulations: Sequence[mx.array] | None = None,
     ) -> mx.array:
         c = self._config
         L, N = c.in_context_len, c.grid_size**2
         t = mx.reshape(t, (-1,))
         z = self._forcing(x, t) if c.spectral_forcing else x
         y_emb = self.y_embedder(y)
-        silu_c = nn.silu(self.t_embedder(t) + y_emb)  # (B, D); every adaLN starts with this SiLU
+        # (B, D); every adaLN starts with this SiLU
+        silu_c = nn.silu(self.t_embedder(t) + y_emb) if modulations is None else None
         # the position table stays float32, and with it the residual stream, whatever type the products run in
         h = self.x_embedder(z) + self.pos_embed  # (B, N, D)
         keys = [None] * c.depth if key is None else list(mx.random.split(key, c.depth))
@@ -299,8 +304,20 @@ class JiT(nn.Module):
                 h = mx.concatenate([y_emb[:, None] + self.in_context_posemb, h], axis=1)  # (B, L + N, D)
                 cos, sin = self._cos, self._sin
             run = block if block_wrapper is None else block_wrapper(block)
-            h = run(h, silu_c, cos, sin, keys[i]) if keys[i] is not None else run(h, silu_c, cos, sin)
-        return self.unpatchify(self.final_layer(h[:, -N:], silu_c)).astype(mx.float32)
+            if modulations is not None:
+                h = run(h, None, cos, sin, keys[i], modulations[i])
+            else:
+                h = run(h, silu_c, cos, sin, keys[i]) if keys[i] is not None else run(h, silu_c, cos, sin)
+        head = self.final_layer(h[:, -N:], silu_c, None if modulations is None else modulations[-1])
+        return self.unpatchify(head).astype(mx.float32)
+
+    def modulations(self, t: mx.array, y: mx.array) -> list[mx.array]:
+        """The adaLN vectors of each block, (B, 6 D), and of the head, (B, 2 D): they depend on t and y alone.
+
+        A sampler needs them once per time and class, not once per image and evaluation.
+        """
+        silu_c = nn.silu(self.t_embedder(mx.reshape(t, (-1,))) + self.y_embedder(y))
+        return [layer.adaLN_modulation[1](silu_c) for layer in (*self.blocks, self.final_layer)]
 
     def unpatchify(self, tokens: mx.array) -> mx.array:
         """Tokens (B, N, p*p*C) in the order (row, column, channel) -> images (B, C, H, H)."""

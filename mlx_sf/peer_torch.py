@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import Config, ModelConfig
+from .errors import MlxSfError
 from .model import RMS_EPS, TIME_FREQUENCIES, sincos_position_table
 from .spectral import dct_matrix, radial_frequency
 
@@ -139,6 +140,10 @@ class TorchJiT(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         c = self.c = config
+        if c.spectral_forcing and (c.scale_schedule not in ("linear", "fixed") or c.exact_end):
+            raise MlxSfError(
+                f"PyTorch peer: scale_schedule is {c.scale_schedule!r}, want a published one, exact_end off"
+            )
         self.pos_embed = nn.Parameter(torch.from_numpy(sincos_position_table(c.hidden_size, c.grid_size)), False)
         if c.in_context_len:
             self.in_context_posemb = nn.Parameter(torch.zeros(1, c.in_context_len, c.hidden_size))

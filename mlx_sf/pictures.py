@@ -34,6 +34,15 @@ def decode_picture(file: str | Path | bytes, decode: Decode = "upright") -> Imag
         raise BadPictureError("not a picture that can be read" if "cannot identify" in reason else reason) from None
 
 
+def short_side(file: str | Path | bytes) -> int | None:
+    """The shorter side of a picture file, from its header; None where it cannot be read."""
+    try:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as opened:
+            return min(opened.size)
+    except Exception:  # as in `decode_picture`, which says why when the picture is wanted
+        return None
+
+
 def _to_rgb(image: Image.Image, over_white: bool) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
         return _from_wide(image)

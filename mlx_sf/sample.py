@@ -1,11 +1,14 @@
 """ODE solvers as generators of states, seeds, and pixels.
 
-The solvers are the published ones: Heun for every step but the last, which is Euler's; guidance decided at each
-evaluation's own time. Times are float32 numbers on a grid from 0 to 1.
+Heun (for every step but the last, which is Euler's) and Euler are the published solvers, guidance decided at each
+evaluation's own time. The multistep solver is second order with one evaluation a step. Times are float32 numbers on a
+grid from 0 to 1.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import mlx.core as mx
 import numpy as np
@@ -13,9 +16,13 @@ import numpy as np
 from .config import Config, SampleConfig
 from .flow import Network, guided_velocity
 from .lanes import all_threads_for_products, split_batch
+from .model import JiT
 
 # (state z, time t, guidance scale) -> velocity
 VelocityField = Callable[[mx.array, float, float], mx.array]
+
+# stands for "1 - t is not bounded": below every 1 - t at which a network is called
+UNBOUNDED = 1e-6
 
 
 @dataclass(frozen=True)
@@ -51,8 +58,35 @@ def guidance_at(t: float, config: SampleConfig) -> float:
     return config.cfg if inside else 1.0
 
 
-def solve(field: VelocityField, z: mx.array, config: SampleConfig) -> Iterator[State]:
-    """Integrate dz/dt = field from noise z at t = 0 to t = 1; yields the state after each step, not yet evaluated."""
+def mean_guidance(t: float, t_next: float, config: SampleConfig) -> float:
+    """Guidance scale averaged over the step from t to t_next: 1 + (cfg - 1) * (share of the step in the interval).
+
+    A solver with one evaluation a step stays second order when the interval begins or ends inside a step or on the
+    grid. (By the scale at the step's first time alone, an end would count up to one step too late.)
+    """
+    low, high = float(np.float32(config.cfg_low)), float(np.float32(config.cfg_high))
+    share = max(0.0, min(t_next, high) - max(t, low)) / (t_next - t)
+    share = 0.0 if share < 1e-5 else 1.0 if share > 1 - 1e-5 else share  # the grid is float32: no slivers
+    return config.cfg if share == 1 else 1 + (config.cfg - 1) * share
+
+
+def lower_bound(config: Config) -> float:
+    """What bounds 1 - t from below in the velocity: `config.sample.t_eps` where it is given; else, for the published
+    solvers, the flow's, as published, and for the multistep solver nothing.
+    """
+    if config.sample.t_eps is not None:
+        return config.sample.t_eps
+    return UNBOUNDED if config.sample.method == "multistep" else config.flow.t_eps
+
+
+def solve(field: VelocityField, z: mx.array, config: SampleConfig, t_eps: float | None = None) -> Iterator[State]:
+    """Integrate dz/dt = field from noise z at t = 0 to t = 1; yields the state after each step, not yet evaluated.
+
+    `t_eps` is the field's own bound of 1 - t, which the multistep solver needs to know.
+    """
+    if config.method == "multistep":
+        yield from _multistep(field, z, config, UNBOUNDED if t_eps is None else t_eps)
+        return
     times = time_grid(config.steps)
     for i in range(config.steps):
         t, t_next = times[i], times[i + 1]
@@ -67,41 +101,108 @@ def solve(field: VelocityField, z: mx.array, config: SampleConfig) -> Iterator[S
         yield State(i + 1, config.steps, float(t_next), z, x)
 
 
-def velocity_field(network: Network, config: Config, labels: mx.array, compile: bool = False) -> VelocityField:
-    """The guided velocity of a network for a batch with these labels (B,).
+def _multistep(field: VelocityField, z: mx.array, config: SampleConfig, t_eps: float) -> Iterator[State]:
+    """Second order, one evaluation a step: the linear part of the flow solved exactly, the prediction extrapolated.
 
-    With `compile` the guided and the unguided evaluation are each one compiled function, for fixed shapes.
+    With r(t) = max(1 - t, t_eps) the velocity is (p - z) / r, where p = z + r v is the network's prediction of the
+    finished image (an x-predictor's own output). Over a step h = t' - t, with p(s) = p + (s - t) p',
+
+        z(t') = a z + (1 - a) p + (h - b) p',   a = exp(-integral of ds / r(s)),   b = integral of a(s, t') ds.
+
+    Where 1 - t is above t_eps, a = r'/r and b = r' log(r/r'). p' is the slope between this evaluation and the last.
+    The first step, and one at which the guidance scale changes (p jumps), takes p' = 0, which is Euler's step; the
+    last ends at p + (1 - t) p', with no noise left. This is DPM-Solver++ (2M) of Lu et al. with the prediction
+    extrapolated in t instead of the log signal-to-noise ratio, which is infinite at both ends of this flow.
     """
-    network = split_batch(network)
-    flow, null_class, t_eps = config.flow, config.model.null_class, config.sample.t_eps
-    cache: dict[float, Callable[[mx.array, mx.array], mx.array]] = {}
+    times = [float(t) for t in time_grid(config.steps)]
+    last: tuple[float, float, mx.array] | None = None  # time, guidance scale, prediction
+    for i, (t, t_next) in enumerate(pairwise(times)):
+        cfg = mean_guidance(t, t_next, config)
+        v = field(z, t, cfg)
+        p = z + max(1 - t, t_eps) * v
+        x = z + (1 - t) * v
+        a, b = _decay(t, t_next, t_eps)
+        z = a * z + (1 - a) * p
+        if last is not None and last[1] == cfg:
+            z = z + (t_next - t - b) / (t - last[0]) * (p - last[2])
+        last = t, cfg, p
+        yield State(i + 1, config.steps, t_next, z, x)
 
-    def function(cfg: float) -> Callable[[mx.array, mx.array], mx.array]:
-        def evaluate(z: mx.array, t: mx.array) -> mx.array:
-            return guided_velocity(network, z, t, labels, flow, null_class, cfg, t_eps)
 
-        return mx.compile(evaluate) if compile else evaluate
+def _decay(t: float, t_next: float, t_eps: float) -> tuple[float, float]:
+    """a(t, t') = exp(-integral from t to t' of ds / max(1 - s, t_eps)), and the integral of a(s, t') over s."""
+    r, r_next = max(1 - t, t_eps), max(1 - t_next, t_eps)
+    a, b = r_next / r, r_next * math.log(r / r_next)  # up to where the bound begins
+    bounded = (min(1 - t, t_eps) - min(1 - t_next, t_eps)) / t_eps
+    a_bounded = math.exp(-bounded)
+    return a * a_bounded, b * a_bounded + t_eps * (1 - a_bounded)
 
-    def field(z: mx.array, t: float, cfg: float) -> mx.array:
-        if cfg not in cache:
-            cache[cfg] = function(cfg)
-        return cache[cfg](z, mx.array([t], dtype=mx.float32))
 
-    return field
+class Sampler:
+    """A network as velocity field and sampler, by a configuration; compiled functions live as long as it does.
+
+    What t and the classes alone decide in a `JiT` is computed once for each time (Heun visits most twice) and each
+    distinct class, not once per image. With `compile` the guided and the unguided evaluation are each one compiled
+    function, for fixed shapes.
+    """
+
+    def __init__(self, network: Network, config: Config, compile: bool = False) -> None:
+        self.network, self.config, self.compile = network, config, compile
+        self.t_eps = lower_bound(config)
+        self._functions: dict[float, Callable[..., mx.array]] = {}
+
+    def field(self, labels: mx.array) -> VelocityField:
+        """The guided velocity for a batch with these labels (B,)."""
+        images, null = np.array(labels), self.config.model.null_class
+        if self.compile:  # the number of distinct classes would be another shape
+            rows, index = np.append(images, null), np.arange(len(images) + 1)
+        else:
+            rows, index = np.unique(np.append(images, null), return_inverse=True)
+        classes, rows_of_images, null_row = mx.array(rows), mx.array(index[:-1]), int(index[-1])
+        visited: tuple[float, list[mx.array]] = (math.nan, [])
+
+        def field(z: mx.array, t: float, cfg: float) -> mx.array:
+            nonlocal visited
+            at = mx.array([t], dtype=mx.float32)
+            if t != visited[0]:
+                visited = t, self.network.modulations(at, classes) if isinstance(self.network, JiT) else []
+            return self._function(cfg)(z, at, classes, rows_of_images, null_row, visited[1])
+
+        return field
+
+    def _function(self, cfg: float) -> Callable[..., mx.array]:
+        if cfg in self._functions:
+            return self._functions[cfg]
+
+        def evaluate(
+            z: mx.array, t: mx.array, classes: mx.array, rows: mx.array, null_row: int, table: list[mx.array]
+        ) -> mx.array:
+            def network(z: mx.array, t: mx.array, rows: mx.array) -> mx.array:
+                if not table:
+                    return self.network(z, t, classes[rows])
+                return self.network(z, t, classes[rows], modulations=[m[rows] for m in table])  # type: ignore[call-arg]
+
+            return guided_velocity(split_batch(network), z, t, rows, self.config.flow, null_row, cfg, self.t_eps)
+
+        return self._functions.setdefault(cfg, mx.compile(evaluate) if self.compile else evaluate)
+
+    def states(self, noise: mx.array, labels: mx.array) -> Iterator[State]:
+        """States of one batch, from standard normal noise (B, 3, H, W) and labels (B,), not yet evaluated.
+
+        The noise scale is applied here. The caller owns progress and evaluation (`mx.eval(state.z)`).
+        """
+        z = self.config.flow.noise_scale * noise.astype(mx.float32)
+        try:
+            yield from solve(self.field(labels), z, self.config.sample, self.t_eps)
+        finally:
+            all_threads_for_products()  # a training run that drew a preview goes on as fast as before
 
 
 def sample_states(
     network: Network, config: Config, noise: mx.array, labels: mx.array, compile: bool = False
 ) -> Iterator[State]:
-    """States of one batch, from standard normal noise (B, 3, H, W) and labels (B,), by `config.sample`.
-
-    The noise scale is applied here. The caller owns progress and evaluation (`mx.eval(state.z)`).
-    """
-    field = velocity_field(network, config, labels, compile)
-    try:
-        yield from solve(field, config.flow.noise_scale * noise.astype(mx.float32), config.sample)
-    finally:
-        all_threads_for_products()  # a training run that drew a preview goes on as fast as before
+    """States of one batch by `config.sample`: `Sampler.states` for a single use."""
+    return Sampler(network, config, compile).states(noise, labels)
 
 
 def seeded_noise(seeds: Sequence[int], img_size: int) -> mx.array:

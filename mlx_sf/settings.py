@@ -6,8 +6,11 @@ this record with every open choice resolved. A default of None means that `resol
 
 # ruff: noqa: RUF009 - `_option` is `dataclasses.field` under a shorter name
 
+import contextlib
 import dataclasses
 import difflib
+import json
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -32,6 +35,7 @@ from .config import (
     preset_name,
 )
 from .errors import MlxSfError
+from .flow import published_noise_scale
 from .optim import LRSchedule
 from .pictures import Decode
 
@@ -53,8 +57,15 @@ class Settings:
     img_size: int | None = _option(None, "Image side in pixels. [default: 8 patches]")
     vanilla: bool = _option(False, "Plain JiT, without Spectral Forcing.")
     window_size: int = _option(0, "Side of the forcing's windows in pixels; 0 is the whole image.")
-    scale_schedule: ScaleSchedule = _option("linear", "The forcing's cutoff follows t, or is fixed.")
+    scale_schedule: ScaleSchedule = _option(
+        "linear", "How the forcing's cutoff opens with t; linear is the published one."
+    )
     fixed_scale: float = _option(1.0, "The schedule's value where it is fixed, 0 to 1.")
+    schedule_power: float = _option(1.0, "Exponent of the schedule where it is power: t to this power.")
+    schedule_cutoffs: str | None = _option(
+        None, "Cutoff radii at equal steps of t, where the schedule is data: 0.1,0.4,1 or a file (text or JSON)."
+    )
+    exact_end: bool = _option(False, "Renormalise the forcing's mask to be exactly 1 at t = 1.")
     attn_dropout: float = _option(0.0, "Dropout on attention weights, in the middle half of the blocks.")
     proj_dropout: float = _option(0.0, "Dropout on attention outputs and in the feed-forward, in the middle half.")
     init: str | None = _option(None, "Start from this checkpoint's weights (other classes and image sizes are fine).")
@@ -144,6 +155,17 @@ class Settings:
         _require(self.batch_size % self.accumulate == 0, "accumulate", self.accumulate, "a divisor of batch-size")
         if self.steps is not None and self.epochs is not None:
             raise MlxSfError("--steps and --epochs: both are given, want one of them")
+        try:  # before data is opened
+            ModelConfig(**self.schedule())
+        except MlxSfError as e:
+            name, complaint = str(e).removeprefix("config: ").split(" ", 1)
+            raise MlxSfError(f"{flag(name)} {complaint.replace('scale_schedule', flag('scale_schedule'))}") from None
+
+    def schedule(self) -> dict[str, Any]:
+        """The forcing's schedule as fields of `ModelConfig`."""
+        names = ("scale_schedule", "fixed_scale", "schedule_power", "exact_end")
+        cutoffs = read_cutoffs(self.schedule_cutoffs or "")
+        return {"schedule_cutoffs": cutoffs, **{name: getattr(self, name) for name in names}}
 
     def replace(self, **changes: Any) -> "Settings":
         return dataclasses.replace(self, **changes)
@@ -169,6 +191,8 @@ def _typed(name: str, value: Any, kinds: tuple[Any, ...]) -> Any:
     """The value in its option's type. YAML reads 1e-4 as text and 1 as a whole number; both are meant as floats."""
     if value is None and type(None) in kinds:
         return None
+    if name == "schedule_cutoffs":  # kept as numbers, whatever happens to the file
+        return ",".join(map(repr, read_cutoffs(value)))
     choices = [c for k in kinds for c in typing.get_args(k)]
     if choices:
         _require(value in choices, name, repr(value), "one of " + ", ".join(choices))
@@ -185,6 +209,40 @@ def _typed(name: str, value: Any, kinds: tuple[Any, ...]) -> Any:
     want = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}[kind]
     _require(ok and kind in (bool, str), name, repr(value), want)
     return value
+
+
+def read_cutoffs(value: Any) -> tuple[float, ...]:
+    """Cutoff radii from "0.1,0.4,1", from a list of numbers, or from a file.
+
+    A file holds numbers between blanks, commas or line ends, or JSON: a list, or an object whose "schedule_cutoffs"
+    is one. Only the numbers' being numbers is checked here; `config.ModelConfig` checks what they say.
+    """
+    where, found = flag("schedule_cutoffs"), value
+    if isinstance(value, str) and not _CUTOFF_LIST.fullmatch(value):
+        where = f"{where} {value}"
+        try:
+            found = Path(value).expanduser().read_text()
+        except (OSError, UnicodeDecodeError, ValueError) as e:
+            reason = getattr(e, "strerror", None) or "not text"
+            raise MlxSfError(
+                f"{where}: is no list of numbers and no readable file ({reason}), want 0.1,0.4,1"
+            ) from None
+        with contextlib.suppress(ValueError, RecursionError):
+            found = json.loads(found)
+    if isinstance(found, dict):
+        found = found.get("schedule_cutoffs")
+    if isinstance(found, str):
+        found = found.replace(",", " ").split()
+    elif isinstance(found, int | float):
+        found = [found]
+    try:
+        return tuple(float(v) for v in found)
+    except (TypeError, ValueError, OverflowError):
+        raise MlxSfError(f"{where}: holds something else than numbers, want radii like 0.1,0.4,1") from None
+
+
+# digits, signs, exponents, "nan" and "inf" (refused later, by name) between commas or blanks: no name of a file
+_CUTOFF_LIST = re.compile(r"\s*([-+.\deE]+|nan|[-+]?inf)?([\s,]+([-+.\deE]+|nan|[-+]?inf))*[\s,]*")
 
 
 def _kinds(annotation: Any) -> tuple[Any, ...]:
@@ -259,8 +317,7 @@ def checkpoint_config(settings: Settings, class_names: tuple[str, ...], base: Co
     forcing: dict[str, Any] = {
         "spectral_forcing": not s.vanilla,
         "window_size": s.window_size,
-        "scale_schedule": s.scale_schedule,
-        "fixed_scale": s.fixed_scale,
+        **s.schedule(),
         "attn_dropout": s.attn_dropout,
         "proj_dropout": s.proj_dropout,
         "out_channels": 6 if s.pred_param == "hybrid" else 3,
@@ -280,7 +337,7 @@ def checkpoint_config(settings: Settings, class_names: tuple[str, ...], base: Co
         hybrid_x_weight_power=s.hybrid_x_weight_power,
         hybrid_x_weight_min=s.hybrid_x_weight_min,
         hybrid_x_weight_max=s.hybrid_x_weight_max,
-        noise_scale=s.noise_scale or max(1.0, model.img_size / 256),
+        noise_scale=s.noise_scale or published_noise_scale(model.img_size),
         t_eps=s.t_eps,
         P_mean=s.p_mean,
         P_std=s.p_std,
@@ -303,6 +360,8 @@ def apply_base(given: Mapping[str, Any], base: Config) -> dict[str, Any]:
         "window_size": 0 if m.window_size == m.img_size else m.window_size,
         "scale_schedule": m.scale_schedule,
         "fixed_scale": m.fixed_scale,
+        **_schedule_of_base(given, m),
+        "exact_end": m.exact_end,
         "attn_dropout": m.attn_dropout,
         "proj_dropout": m.proj_dropout,
         **{flow.name.lower(): getattr(f, flow.name) for flow in dataclasses.fields(f)},
@@ -311,3 +370,11 @@ def apply_base(given: Mapping[str, Any], base: Config) -> dict[str, Any]:
     if given.get("img_size", m.img_size) != m.img_size:
         kept["noise_scale"] = None  # follows the image size
     return {**kept, **given}
+
+
+def _schedule_of_base(given: Mapping[str, Any], m: ModelConfig) -> dict[str, Any]:
+    """What belongs to the schedule of --init's checkpoint, and goes with it where another one is asked for."""
+    if given.get("scale_schedule", m.scale_schedule) != m.scale_schedule:
+        return {"schedule_power": 1.0, "schedule_cutoffs": None}
+    listed = ",".join(map(repr, m.schedule_cutoffs))
+    return {"schedule_power": m.schedule_power, "schedule_cutoffs": listed or None}

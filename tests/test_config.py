@@ -1,6 +1,7 @@
 """What a checkpoint says about itself: round trip, defaults equal to the published ones, refusals."""
 
 import dataclasses
+import json
 
 import pytest
 from hypothesis import given
@@ -34,6 +35,35 @@ def test_json_round_trip(noise, eps, cfg, ends, window, names, provenance):
     assert Config.from_json(config.to_json()) == config
 
 
+def data(*radii):
+    return {"scale_schedule": "data", "schedule_cutoffs": radii}
+
+
+@pytest.mark.parametrize(
+    "forcing",
+    [
+        {"scale_schedule": "power", "schedule_power": 0.7, "exact_end": True},
+        {"scale_schedule": "cosine"},
+        data(0, 0.1, 0.1, 1.2),
+    ],
+)
+def test_schedules_travel(forcing):
+    config = Config().replace(**forcing)
+    again = Config.from_json(config.to_json())
+    assert again == config
+    assert hash(again.model) == hash(config.model)
+
+
+def test_a_configuration_from_before_there_were_schedules_is_the_published_one():
+    old = json.loads(Config().to_json())
+    for name in ("schedule_power", "schedule_cutoffs", "exact_end"):
+        del old["model"][name]
+    assert Config.from_json(json.dumps(old)) == Config()
+    old["model"]["schedule_colour"] = 1
+    with pytest.raises(MlxSfError, match="unknown configuration entry 'schedule_colour'"):
+        Config.from_json(json.dumps(old))
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -46,7 +76,26 @@ def test_json_round_trip(noise, eps, cfg, ends, window, names, provenance):
         ({"in_context_start": 12}, "in_context_start is 12, want a block number from 0 to 11"),
         ({"window_size": 100}, "window_size is 100, want a divisor of img_size 256"),
         ({"fixed_scale": 1.5}, "fixed_scale is 1.5, want a scale from 0 to 1"),
-        ({"scale_schedule": "cosine"}, "scale_schedule is 'cosine', want one of linear, fixed"),
+        ({"scale_schedule": "sine"}, "scale_schedule is 'sine', want one of linear, fixed, power, cosine, data"),
+        ({"schedule_power": 2.0}, "schedule_power is 2.0, want 1 with scale_schedule linear"),
+        ({"scale_schedule": "power", "schedule_power": 0.0}, "schedule_power is 0.0, want above 0"),
+        ({"scale_schedule": "power", "schedule_power": float("nan")}, "schedule_power is nan, want a finite number"),
+        ({"scale_schedule": "data"}, "schedule_cutoffs is (), want at least 2 radii with scale_schedule data"),
+        (data(1), "schedule_cutoffs is (1.0,), want at least 2 radii"),
+        (data(0.5, 0.4, 1), "schedule_cutoffs is (0.5, 0.4), want radii that never fall"),
+        (data(-0.1, 1), "schedule_cutoffs is -0.1, want a first radius of 0 or more"),
+        (data(0.1, 0.9), "schedule_cutoffs is 0.9, want a last radius of at least 1"),
+        (data(0.1, float("nan")), "schedule_cutoffs is nan, want finite numbers"),
+        (data(0.1, float("inf")), "schedule_cutoffs is inf, want finite numbers"),
+        (data(0.1, 10**400), "want finite numbers"),
+        (data(0.1, True), "schedule_cutoffs is True, want finite numbers"),
+        (data(0.1, "1"), "schedule_cutoffs is '1', want finite numbers"),
+        ({"scale_schedule": "data", "schedule_cutoffs": "0.1,1"}, "schedule_cutoffs is '0.1,1', want a list"),
+        ({"schedule_cutoffs": (0.1, 1)}, "schedule_cutoffs is (0.1, 1.0), want none with scale_schedule linear"),
+        ({**data(0.1, 1), "schedule_power": 2}, "schedule_power is 2.0, want 1 with scale_schedule data"),
+        ({"scale_schedule": "fixed", "exact_end": True}, "exact_end is True, want false with scale_schedule fixed"),
+        ({"exact_end": True, "max_keep": 0.5}, "exact_end is True, want false unless max_keep is at least 1"),
+        ({"exact_end": 1}, "exact_end is 1, want true or false"),
         ({"mask_sharpness": float("inf")}, "mask_sharpness is inf, want a finite number"),
         ({"out_channels": 4}, "out_channels is 4, want 3, or 6"),
         ({"attn_dropout": 1.0}, "attn_dropout is 1.0, want a probability below 1"),

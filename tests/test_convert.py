@@ -283,6 +283,8 @@ BARE = {"noise_scale": 1.0, "in_context_start": 1}
         (lambda sd: None, {**BARE, "in_context_start": 9}, "in_context_start is 9, want a block number from 0 to 2"),
         (lambda sd: None, {**BARE, "window_size": 5}, "window_size is 5, want a divisor of img_size 12"),
         (lambda sd: None, {**BARE, "scale_schedule": "fixed"}, "give --fixed-scale"),
+        (lambda sd: None, {**BARE, "scale_schedule": "cosine"}, "PyTorch models were trained with linear or fixed"),
+        (lambda sd: None, {**BARE, "exact_end": True}, "no setting of PyTorch models is called 'exact_end'"),
         (lambda sd: None, {**BARE, "spectral_forcing": False}, "--spectral-forcing says spectral_forcing False"),
     ],
 )  # fmt: skip

@@ -26,6 +26,7 @@ from mlx_sf.config import SIZES, Size
 from mlx_sf.errors import MlxSfError
 from mlx_sf.fit import Outcome, Trainer, fit, plan
 from mlx_sf.run import RunFolder
+from mlx_sf.spectral import SpectralForcing
 
 SIZES["micro"] = Size(2, 32, 2, 16, 2, 1)  # smaller than any on offer: here only the bookkeeping counts
 TINY = {"size": "micro", "patch": 8, "img_size": 16, "batch_size": 4, "epoch_size": 20, "preview_every": 0, "keep": 0}
@@ -369,6 +370,41 @@ def test_init_with_the_same_classes_keeps_the_table_and_refuses_another_size(
     assert mx.array_equal(a(x, t, y), b(x, t, y))
     refused("cannot change its size", "train", "--init", str(whole), "--size", "tiny")
     refused("the network of --init has 8", "train", "--init", str(whole), "--patch", "4")
+
+
+# --------------------------------------------------------------------------------------- the forcing's schedule
+
+
+def test_a_schedule_stays_with_its_weights(tmp_path: Path, refused: Refused) -> None:
+    """Trained with one schedule, a model is sampled and continued with it; only --init with its flag changes it."""
+    (tmp_path / "cutoffs.txt").write_text("0.2 0.6 1\n")
+    given = options(tmp_path, steps=1, scale_schedule="data", schedule_cutoffs=str(tmp_path / "cutoffs.txt"))
+    fit(plan(given), lambda line: None)
+    (tmp_path / "cutoffs.txt").write_text("0.9 1\n")  # what was read counts, not what the file holds now
+    run = tmp_path / "run"
+    model = load_model(run, "model")[0]
+    assert model.config.schedule_cutoffs == (0.2, 0.6, 1.0)
+    x, t = mx.random.normal((1, 3, 16, 16), key=mx.random.key(0)), mx.array([0.3])
+    data = SpectralForcing(16, scale_schedule="data", schedule_cutoffs=(0.2, 0.6, 1.0))
+    assert mx.array_equal(model._forcing(x, t), data(x, t))
+    assert not mx.allclose(model._forcing(x, t), SpectralForcing(16)(x, t))
+
+    for change in (["--scale-schedule", "linear"], ["--schedule-cutoffs", tmp_path / "cutoffs.txt"], ["--exact-end"],
+                   ["--schedule-power", "2"]):  # fmt: skip
+        refused(f"was started with {change[0]}", "train", "--resume", run, "--steps", "2", *change)
+    for command in (["sample", "--ckpt", run], ["eval", "--ckpt", run, "--ref", "x.npz"]):
+        refused("No such option", *command, "--scale-schedule", "linear")
+    fit(plan({**given, "schedule_cutoffs": "0.2,0.6,1", "steps": 2}), lambda line: None)
+    assert step_files(run)[-1][0] == 2
+
+    told: list[str] = []
+    tuned = {"init": str(run), "output": str(tmp_path), "steps": 1, "batch_size": 4, "epoch_size": 20}
+    fit(plan({**tuned, "name": "kept", "preview_every": 0}), told.append)
+    assert load_model(tmp_path / "kept")[1].model == model.config
+    assert not any("forcing" in line for line in told)
+    fit(plan({**tuned, "name": "changed", "preview_every": 0, "scale_schedule": "linear"}), told.append)
+    assert "init: the forcing is linear now, the weights were trained with data 0.2,0.6,1.0" in told
+    assert load_model(tmp_path / "changed")[1].model.scale_schedule == "linear"
 
 
 # ------------------------------------------------------------------------------------------- other processes

@@ -9,8 +9,19 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from scipy.fft import dctn
 
+from mlx_sf.config import ModelConfig
 from mlx_sf.errors import MlxSfError
-from mlx_sf.spectral import SpectralForcing, dct2, dct_matrix, idct2, radial_frequency, radial_mask
+from mlx_sf.spectral import (
+    SpectralForcing,
+    cutoffs,
+    dct2,
+    dct_matrix,
+    describe_forcing,
+    idct2,
+    masks,
+    radial_frequency,
+    radial_mask,
+)
 
 
 @pytest.mark.parametrize("n", [8, 16, 32])
@@ -127,7 +138,9 @@ def test_gradient_is_the_filter_itself():
     [
         ({"img_size": 16, "window_size": 5}, "window_size is 5"),
         ({"img_size": 16, "window_size": 1}, "window_size is 1"),
-        ({"img_size": 16, "scale_schedule": "cosine"}, "scale_schedule is 'cosine'"),
+        ({"img_size": 16, "scale_schedule": "sine"}, "SpectralForcing: scale_schedule is 'sine', want one of linear"),
+        ({"img_size": 16, "scale_schedule": "data"}, r"schedule_cutoffs is \(\), want at least 2"),
+        ({"img_size": 16, "exact_end": True, "max_keep": 0.9}, "exact_end is True, want false unless max_keep"),
     ],
 )
 def test_impossible_settings_are_refused(arguments, words):
@@ -138,3 +151,111 @@ def test_impossible_settings_are_refused(arguments, words):
 def test_images_of_another_size_are_refused():
     with pytest.raises(MlxSfError, match="images are 16x8, want 16x16"):
         SpectralForcing(16)(mx.zeros((1, 3, 16, 8)), mx.array(0.5))
+
+
+# ---------------------------------------------------------------------------------------------------- schedules
+
+TIMES = np.array([0.0, 0.05, 0.3, 1 / 3, 0.5, 0.77, 0.95, 0.999, 1.0])
+SCHEDULES = [
+    ({}, 0.05 + 0.95 * TIMES),
+    ({"scale_schedule": "fixed", "fixed_scale": 0.3}, 0.05 + 0.95 * 0.3 + 0 * TIMES),
+    ({"scale_schedule": "power", "schedule_power": 2.0}, 0.05 + 0.95 * TIMES**2),
+    ({"scale_schedule": "power", "schedule_power": 0.4, "min_keep": 0.1}, 0.1 + 0.9 * TIMES**0.4),
+    ({"scale_schedule": "cosine"}, 0.05 + 0.95 * (1 - np.cos(np.pi * TIMES)) / 2),
+    (
+        {"scale_schedule": "data", "schedule_cutoffs": (0.1, 0.1, 0.7, 1.1)},
+        np.interp(TIMES, np.linspace(0, 1, 4), (0.1, 0.1, 0.7, 1.1)),
+    ),
+    ({"scale_schedule": "data", "schedule_cutoffs": (0, 1)}, TIMES),
+]
+OPENING = [c for c, _ in SCHEDULES if c.get("scale_schedule") != "fixed"]
+
+
+def forcing_config(**changes):
+    return ModelConfig(img_size=16, patch_size=4, **changes)
+
+
+@pytest.mark.parametrize("changes, want", SCHEDULES)
+def test_schedules_are_their_formulas(changes, want):
+    config = forcing_config(**changes)
+    np.testing.assert_allclose(cutoffs(config, TIMES), want, atol=1e-12)
+    mask = 1 / (1 + np.exp(-30 * (want[:, None, None] - radial_frequency(16))))
+    np.testing.assert_allclose(masks(config, TIMES), mask, atol=1e-12)
+    np.testing.assert_allclose(masks(config, 0.3), mask[2:3], atol=1e-12)
+
+
+@pytest.mark.parametrize("exact_end", [False, True])
+@pytest.mark.parametrize("changes", OPENING)
+def test_the_operator_has_the_mask_of_its_schedule(changes, exact_end):
+    config = forcing_config(**changes, exact_end=exact_end)
+    mask = SpectralForcing.of(config).mask(mx.array(TIMES.astype(np.float32)))
+    np.testing.assert_allclose(np.asarray(mask), masks(config, TIMES.astype(np.float32)), atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "changes, sharpness, compiled",
+    [
+        *((c, 30.0, False) for c in OPENING),
+        *((c, 150.0, False) for c in OPENING),
+        *((c, k, True) for k in (30.0, 150.0) for c in OPENING[:1]),
+    ],
+)
+def test_exact_end_is_one_at_the_end_and_grows_towards_it(changes, sharpness, compiled):
+    config = ModelConfig(img_size=64, patch_size=32, mask_sharpness=sharpness, exact_end=True, **changes)
+    forcing = SpectralForcing.of(config)
+    t = np.linspace(0, 1, 301).astype(np.float32)
+    mask = np.asarray((mx.compile(forcing.mask) if compiled else forcing.mask)(mx.array(t)))
+    assert (mask[-1] == 1).all()  # to the bit
+    assert mask.min() >= 0
+    assert mask.max() <= 1
+    assert np.diff(mask, axis=0).min() > -1e-6  # up to the rounding of e^x
+    assert (masks(config, 1.0) == 1).all()
+    x = mx.random.normal((1, 3, 64, 64), key=mx.random.key(0))
+    np.testing.assert_allclose(np.asarray(forcing(x, mx.array(1.0))), np.asarray(x), atol=2e-5)
+
+
+def test_a_steep_mask_does_not_overflow():
+    config = ModelConfig(img_size=32, patch_size=32, mask_sharpness=500.0)
+    t = np.linspace(0, 1, 17)
+    mask = SpectralForcing.of(config).mask(mx.array(t.astype(np.float32)))
+    np.testing.assert_allclose(np.asarray(mask), masks(config, t.astype(np.float32)), atol=5e-5)
+
+
+@pytest.mark.parametrize("changes, exact_end", [(c, i % 2 == 0) for i, c in enumerate(OPENING)])
+def test_every_schedule_differentiates_inside_compile(changes, exact_end):
+    """In the image, and in t: against differences in float64 of the mask that the definition gives."""
+    config = forcing_config(**changes, exact_end=exact_end)
+    forcing, t = SpectralForcing.of(config), mx.array([0.21, 0.6])
+    x, g = (mx.random.normal((2, 3, 16, 16), key=mx.random.key(k)) for k in (1, 2))
+    dx, dt = mx.compile(mx.grad(lambda x, t: (forcing(x, t) * g).sum(), argnums=(0, 1)))(x, t)
+    np.testing.assert_allclose(np.asarray(dx), np.asarray(forcing(g, t)), atol=1e-5)
+    h, t64 = 1e-5, np.asarray(t, np.float64)
+    slope = (masks(config, t64 + h) - masks(config, t64 - h)) / (2 * h)
+    fx, fg = (dctn(np.asarray(v, np.float64), axes=(2, 3), norm="ortho") for v in (x, g))
+    np.testing.assert_allclose(np.asarray(dt), (fx * fg * slope[:, None]).sum((1, 2, 3)), rtol=1e-3, atol=1e-3)
+
+
+@given(
+    radii=st.lists(st.floats(0, 1.5), min_size=2, max_size=20).map(sorted),
+    t=st.lists(st.floats(-0.5, 1.5), min_size=1, max_size=20).map(sorted),
+)
+def test_data_schedules_never_close(radii, t):
+    config = forcing_config(scale_schedule="data", schedule_cutoffs=(*radii, max(1.0, radii[-1])))
+    c = cutoffs(config, np.array(t))
+    assert (np.diff(c) >= -1e-12).all()
+    assert cutoffs(config, 0.0) == pytest.approx(radii[0], abs=1e-12)
+    assert cutoffs(config, 1.0) == config.schedule_cutoffs[-1]
+
+
+def test_forcings_in_words():
+    assert describe_forcing(forcing_config()) == "linear"
+    assert describe_forcing(forcing_config(scale_schedule="fixed", fixed_scale=0.5, window_size=8)) == (
+        "fixed at 0.5, windows of 8"
+    )
+    data = {"scale_schedule": "data", "schedule_cutoffs": (0.1, 1.0), "min_keep": 0.3}
+    assert describe_forcing(forcing_config(**data, mask_sharpness=20.0, exact_end=True)) == (
+        "data 0.1,1.0, sharpness 20.0, exact end"
+    )
+    assert describe_forcing(forcing_config(scale_schedule="power", schedule_power=2, min_keep=0.3)) == (
+        "power 2.0 from 0.3 to 1.0"
+    )

@@ -7,6 +7,8 @@ from typing import Any
 import click
 
 from ..device import DTYPES, describe, limit_cache, pick_dtype
+from ..errors import MlxSfError
+from ..progress import Progress
 
 
 @click.group(short_help="Measure speed and memory on this machine.")
@@ -106,6 +108,100 @@ def convert(size: str, scratch: str | None, as_json: bool) -> None:
     from ..bench.convert import measure_conversion
 
     show(measure_conversion(scratch, size), as_json)
+
+
+@command.command()
+@click.option("--ckpt", help="Checkpoint of floats. [default: a network of --size with random weights]")
+@_size
+@_img
+@click.option("--batch-size", type=click.IntRange(1), default=2, show_default=True)
+@click.option("--group-size", type=click.Choice(["32", "64", "128"]), default="64", show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=1, show_default=True, help="Timed passes; the best counts.")
+@click.option("--speed/--no-speed", default=True, help="Also time forward passes of --size.")
+@_json
+def quantize(
+    ckpt: str | None,
+    size: str,
+    img_size: int,
+    batch_size: int,
+    group_size: str,
+    rounds: int,
+    speed: bool,
+    as_json: bool,
+) -> None:
+    """What 8 and 4 bits cost in precision, by kinds of layers quantised alone and together; bytes; speed."""
+    from ..bench.quantize import measure_quantization, measure_quantized_speed
+
+    result = measure_quantization(ckpt, size, img_size, batch_size, int(group_size))
+    timed = measure_quantized_speed(size, img_size, 1, int(group_size), rounds) if speed else {}
+    if as_json:
+        show({**result, "speed": timed}, True)
+        return
+    rows, files = result.pop("rows"), result.pop("file_bytes")
+    show({**result, **{f"file, {k}": f"{v / 1e6:,.1f} MB" for k, v in files.items()}}, False)
+    click.echo(f"  {'relative error with quantised':<30} {'weights':>8} {'output':>17} {'velocity':>19}")
+    click.echo(f"  {'':<30} {'':>8} {'8 bits':>8} {'4 bits':>8}   {'8 bits':>8} {'4 bits':>8}")
+    for row in rows:
+        errors = [row[f"{what}_error_{bits}"] for what in ("output", "velocity") for bits in (8, 4)]
+        cells = f"{errors[0]:8.2%} {errors[1]:8.2%}   {errors[2]:8.2%} {errors[3]:8.2%}"
+        click.echo(f"  {row['layers'].replace('_', ' '):<30} {row['share']:8.1%} {cells}")
+    if timed:
+        show(timed, False)
+
+
+@command.command()
+@click.option("--task", type=click.Choice(["sample", "train", "all"]), default="all", show_default=True)
+@click.option("--size", default="tiny/32,small/32,B/32,L/32", show_default=True, help="Networks, with commas.")
+@_img
+@click.option("--batch-size", default="1,8,32", show_default=True, help="Of sampling, with commas.")
+@click.option("--train-batch-size", default="8,32", show_default=True, help="Of training, with commas.")
+@_dtype
+@click.option("--bits", type=click.Choice(["8", "4"]), help="Sample from quantised weights, as they are.")
+@click.option("--steps", type=click.IntRange(1), default=2, show_default=True, help="Heun steps of sampling.")
+@_json
+def memory(
+    task: str,
+    size: str,
+    img_size: int,
+    batch_size: str,
+    train_batch_size: str,
+    dtype: str | None,
+    bits: str | None,
+    steps: int,
+    as_json: bool,
+) -> None:
+    """Peak memory of sampling and training, each figure from a process of its own."""
+    from ..bench.memory import Cell, measure_memory
+
+    name = str(pick_dtype(dtype)).removeprefix("mlx.core.")
+    sizes = [s.strip() for s in size.split(",")]
+    cells = []
+    if task != "train":
+        q = int(bits) if bits else None
+        cells += [Cell("sample", s, img_size, b, name, steps, q) for s in sizes for b in _numbers(batch_size)]
+    if task != "sample":
+        trained = [(s, b, c) for s in sizes for b in _numbers(train_batch_size) for c in (False, True)]
+        cells += [Cell("train", s, img_size, b, name, grad_checkpoint=c) for s, b, c in trained]
+    with Progress(len(cells), "measuring memory", "processes") as bar:
+        records = list(measure_memory(cells, bar.update))
+    if as_json:
+        click.echo(json.dumps({"machine": describe(), "cells": records}, indent=1))
+        return
+    click.echo(f"{describe()['device']}, mlx {describe()['mlx']}; GB")
+    click.echo(f"  {'':<66} {'weights':>8} {'peak':>8} {'process':>8}")
+    for r in records:
+        figures = [f"{r[k] / 1e9:8.2f}" for k in ("weights", "mlx_peak", "process_peak")] if "error" not in r else []
+        click.echo(f"  {r['what']:<66} {' '.join(figures) or r['error']}")
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or min(values) < 1:
+        raise MlxSfError(f"batch sizes {text!r}, want whole numbers from 1, with commas between")
+    return values
 
 
 @command.command()

@@ -7,10 +7,14 @@ from typing import Any, get_args
 
 import click
 
-from ..config import FlowConfig, ModelConfig
-from ..convert import FLAG_FIELDS, Report, convert, flag_name
+from ..checkpoint import quantize_checkpoint
+from ..config import FlowConfig, ModelConfig, QuantizationConfig
+from ..convert import FLAG_FIELDS, PUBLISHED_SCHEDULES, Report, convert, flag_name
+from ..errors import MlxSfError
 from ..metrics.inception_weights import convert_inception_file, is_inception_file
 from ..progress import Progress
+from ..quantize import describe
+from ..tensor_file import SUFFIXES
 
 _HELP = {
     "in_context_start": "Block before which the in-context tokens enter (asked for with sizes that are no preset).",
@@ -29,7 +33,8 @@ def _config_flags(function: Callable[..., Any]) -> Callable[..., Any]:
         if kind is bool:
             option = click.option(f"{flag}/--no-{flag[2:]}", name.lower(), default=None, help=_HELP.get(name))
         else:
-            choice = click.Choice(get_args(kind)) if get_args(kind) else kind
+            choices = PUBLISHED_SCHEDULES if name == "scale_schedule" else get_args(kind)
+            choice = click.Choice(choices) if choices else kind
             option = click.option(flag, name.lower(), type=choice, default=None, help=_HELP.get(name))
         function = option(function)
     return function
@@ -45,12 +50,29 @@ def _config_flags(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
-    default="float32",
-    help="Type of the large matrices; norms, embeddings and positions stay float32.",
+    help="Type of the large matrices; norms, embeddings and positions stay float32. "
+    "[default: float32; with --quantize of a checkpoint of mlx-sf, as there]",
+)
+@click.option(
+    "--quantize", type=click.Choice(["8", "4"]), help="Bits per weight of the blocks' products, for inference only."
+)
+@click.option(
+    "--q-group-size",
+    type=click.Choice(["32", "64", "128"]),
+    help="Weights that share a scale and a bias. [default: 64]",
 )
 @click.option("--verify", is_flag=True, help="Load the result, run it once, check finiteness and the parameter count.")
 @_config_flags
-def command(source: Path, target: Path, weights: str | None, dtype: str, verify: bool, **fields: Any) -> None:
+def command(
+    source: Path,
+    target: Path,
+    weights: str | None,
+    dtype: str | None,
+    quantize: str | None,
+    q_group_size: str | None,
+    verify: bool,
+    **fields: Any,
+) -> None:
     """Turn SOURCE, a PyTorch JiT checkpoint (.pth), into TARGET, an .npz or .safetensors file with its configuration.
 
     Reads full training checkpoints and bare state dicts, the zip layout of torch.save and the older one, without
@@ -58,12 +80,23 @@ def command(source: Path, target: Path, weights: str | None, dtype: str, verify:
 
     Settings come from the weights' shapes and the trainer's options in the file; the flags below are for what neither
     says. A flag that contradicts the file is an error. The public FID Inception weights are recognised, too.
+
+    With --quantize, SOURCE may also be a checkpoint of mlx-sf (file, run folder, Hugging Face repo id), not yet
+    quantised. The result draws pictures and can be evaluated; it cannot be trained or exported.
     """
-    if is_inception_file(source):
-        click.echo(convert_inception_file(source, target))
-        return
     names = {name.lower(): name for name in FLAG_FIELDS}
     flags = {names[k]: v for k, v in fields.items() if v is not None}
+    if q_group_size is not None and quantize is None:
+        raise click.UsageError("--q-group-size: goes with --quantize 8 or 4")
+    q = None if quantize is None else QuantizationConfig(int(quantize), int(q_group_size or 64))
+    own = _is_own(source, q)
+    if own and flags:
+        raise MlxSfError(f"{source}: says its settings itself: leave out {flag_name(next(iter(flags)))}")
+    if not own and is_inception_file(source):
+        if q is not None:
+            raise MlxSfError(f"{source}: holds Inception weights, which are not quantised: leave out --quantize")
+        click.echo(convert_inception_file(source, target))
+        return
     with Progress(0, f"converting {source.name}", "tensors") as bar:
 
         def tick(done: int, total: int) -> None:
@@ -71,13 +104,32 @@ def command(source: Path, target: Path, weights: str | None, dtype: str, verify:
             bar.update()
 
         sets = [w.strip() for w in weights.split(",")] if weights else None
-        report = convert(source, target, sets, dtype, flags, tick)
-    _print(source, target, report)
+        if own:
+            assert q is not None
+            config = quantize_checkpoint(source, target, q, sets, dtype, tick)
+        else:
+            report = convert(source, target, sets, dtype or "float32", flags, tick, q)
+    if own:
+        click.echo(f"{source}: {config.name}, weights {', '.join(config.weights)}")
+    else:
+        _print(source, report)
+    if q is not None:
+        click.echo(f"  {describe(q)}; all else as it was")
+    click.echo(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
     if verify:
         _verify(target)
 
 
-def _print(source: Path, target: Path, report: Report) -> None:
+def _is_own(source: Path, q: QuantizationConfig | None) -> bool:
+    """Whether SOURCE is a checkpoint of mlx-sf, which only --quantize has use for."""
+    if source.suffix in SUFFIXES or source.is_dir():
+        if q is None:
+            raise MlxSfError(f"{source}: is no PyTorch file; a checkpoint of mlx-sf is converted with --quantize only")
+        return True
+    return q is not None and not source.exists() and source.suffix not in (".pth", ".pt", ".ckpt", ".bin")
+
+
+def _print(source: Path, report: Report) -> None:
     c = report.config
     m = c.model
     kind = "vanilla" if not m.spectral_forcing else "forced"
@@ -91,7 +143,6 @@ def _print(source: Path, target: Path, report: Report) -> None:
         click.echo(f"  {label}: {', '.join(settings)}")
     if report.ignored:
         click.echo(f"  ignored on purpose (not learned): {', '.join(report.ignored)}")
-    click.echo(f"{target}: {report.bytes / 1e6:.1f} MB")
 
 
 def _verify(target: Path) -> None:

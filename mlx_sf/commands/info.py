@@ -10,6 +10,7 @@ import click
 
 from ..checkpoint import Checkpoint, parameter_shapes, resolve
 from ..errors import MlxSfError
+from ..quantize import describe
 
 _TORCH_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
 
@@ -54,6 +55,7 @@ def _checkpoint_facts(path: str) -> dict[str, Any]:
         "model": c.name + (" with Spectral Forcing" if c.model.spectral_forcing else ", vanilla"),
         "weights": ", ".join(c.weights),
         "parameters": f"{sum(map(math.prod, shapes.values())):,} ({', '.join(dtypes)})",
+        **({"quantised": describe(c.quantization)} if c.quantization else {}),
         "network": model,
         "flow": flow,
         "sampling": {k: v for k, v in sample.items() if v is not None},

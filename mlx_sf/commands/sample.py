@@ -1,14 +1,14 @@
 """`mlx-sf sample`: pictures from a checkpoint."""
 
 import dataclasses
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 from .. import generate as g
 from ..checkpoint import Checkpoint, demo_checkpoint, load_model, resolve
-from ..config import Config
-from ..device import DTYPES, default_dtype, limit_cache, pick_dtype
+from ..config import Config, Method
+from ..device import DTYPES, default_dtype, dequantize_by_default, limit_cache, on_gpu, pick_dtype
 from ..distributed import World
 from ..errors import MlxSfError
 from ..files import writable_folder
@@ -23,7 +23,9 @@ from ..progress import Progress
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the first image; image i has seed + i.")
 @click.option("--steps", type=int, help="Steps of the solver. [default: the checkpoint's, usually 50]")
 @click.option(
-    "--method", type=click.Choice(["heun", "euler"]), help="Solver. [default: the checkpoint's, usually heun]"
+    "--method",
+    type=click.Choice(get_args(Method)),
+    help="Solver; multistep needs half of heun's evaluations a step. [default: the checkpoint's, usually heun]",
 )
 @click.option("--cfg", type=float, help="Guidance scale; 1 means off. [default: the checkpoint's]")
 @click.option(
@@ -34,10 +36,17 @@ from ..progress import Progress
     help="Guide only where LOW < t < HIGH (t = 0 is noise). [default: the checkpoint's, usually 0.1 1]",
 )
 @click.option(
-    "--sample-t-eps", type=float, help="Lower bound of 1 - t in the velocity. [default: the training's, 0.05]"
+    "--sample-t-eps",
+    type=float,
+    help="Lower bound of 1 - t in the velocity. [default: the training's, 0.05; none with multistep]",
 )
 @click.option("--noise", type=click.Path(), help="Initial noise: .npy, float32 (N, 3, H, W), standard normal.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of the matrix products. [default: bfloat16 on a GPU]")
+@click.option(
+    "--dequantize/--no-dequantize",
+    default=None,
+    help="Expand quantised weights before drawing: faster, more memory. [default: on a CPU]",
+)
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Images at a time.")
 @click.option(
     "--output",
@@ -56,6 +65,7 @@ def command(
     seed: int,
     noise: str | None,
     dtype: str | None,
+    dequantize: bool | None,
     batch_size: int,
     output: str,
     grid: bool,
@@ -76,7 +86,10 @@ def command(
     out = g.Output(output, request, config.model.img_size, grid, world)
     steps = g.Stepwise(config.sample.steps) if stepwise else None
     strips = writable_folder(out.path if out.kind == "folder" else out.path.parent)
-    model, loaded = load_model(checkpoint, weights, pick_dtype(dtype))
+    dequantize = dequantize_by_default() if dequantize is None else dequantize
+    if (note := quantization_note(config, dequantize)) and world.main:
+        click.echo(note, err=True)
+    model, loaded = load_model(checkpoint, weights, pick_dtype(dtype), dequantize)
     config = config.replace(weights=loaded.weights)
 
     def describe(i: int) -> dict[str, Any]:
@@ -97,6 +110,16 @@ def command(
     if written:
         through = f" ... {written[-1]}" if len(written) > 1 else ""
         click.echo(f"{len(request)} images: {written[0]}{through}{share}")
+
+
+def quantization_note(config: Config, dequantize: bool) -> str | None:
+    """What to know about drawing from quantised weights on this device, if anything."""
+    if config.quantization is None or on_gpu():
+        return None
+    slow = "quantised products are slow on a CPU"
+    if dequantize:
+        return f"note: {slow}: the weights are expanded to floats first, which takes the memory of floats"
+    return f"note: {slow}, some 60 times slower than float32: leave out --no-dequantize if there is memory for floats"
 
 
 def _with_solver(

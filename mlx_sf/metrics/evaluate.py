@@ -241,7 +241,7 @@ class Evaluation:
                     raise MlxSfError(line) from None
                 configs.append(ckpt.config.replace(sample=solver, weights=(name,)))
         for name in dict.fromkeys(sets):
-            ckpt.weights(name)  # complete and finite, before the first of hours is spent
+            ckpt.tensors(name)  # complete and finite, before the first of hours is spent
         return list(configs)
 
     def _check_reference_exists(self) -> None:

@@ -83,7 +83,7 @@ def sample_fetch(
     """Pictures drawn from a checkpoint: image i has label `labels[i]` and seed `seed` + i."""
 
     def fetch(numbers: range) -> Iterator[tuple[int, np.ndarray]]:
-        model, _ = load_model(ckpt, config.weights[0], device.pick_dtype(dtype))
+        model, _ = load_model(ckpt, config.weights[0], device.pick_dtype(dtype), device.dequantize_by_default())
         request = Request(tuple(int(labels[i]) for i in numbers), tuple(seed + i for i in numbers))
         for within, state in generate(model, config, request, batch_size):
             if state.step < state.steps:

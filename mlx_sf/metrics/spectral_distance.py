@@ -12,12 +12,10 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import MlxSfError
-from ..spectral import dct_matrix
+from ..spectrum.meter import ROUNDING_POWER, Transform
 from .frechet import Gaussian, frechet_distance
 
 BANDS = 16
-# rounding to 8 bits puts this power on every coefficient of an image in [-1, 1]: less is no signal
-_FLOOR = (2 / 255) ** 2 / 12
 
 
 class BandPowers:
@@ -35,15 +33,14 @@ class BandPowers:
         ring[0] = len(self.edges)  # the mean brightness is no frequency
         member = (ring[:, None] == np.arange(len(self.edges) - 1)).astype(np.float32)
         self._average = mx.array(member / member.sum(axis=0))
-        self._rows = mx.array(dct_matrix(height).astype(np.float32))
-        self._columns = mx.array(dct_matrix(width).astype(np.float32))
+        self._transform = Transform(height, width)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """(B, bands) float64 natural logarithms of mean power, from pictures (B, H, W, 3) uint8."""
         x = mx.array(np.ascontiguousarray(np.moveaxis(images, 3, 1))).astype(mx.float32) / 127.5 - 1
-        power = mx.square((self._rows @ x) @ self._columns.T).mean(axis=1)  # (B, H, W)
+        power = mx.square(self._transform(x)).mean(axis=1)  # (B, H, W)
         bands = power.reshape(len(images), -1) @ self._average
-        return np.log(np.array(bands).astype(np.float64) + _FLOOR)
+        return np.log(np.array(bands).astype(np.float64) + ROUNDING_POWER)
 
 
 @dataclass(frozen=True)
