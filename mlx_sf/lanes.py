@@ -95,11 +95,12 @@ def shares(size: int, parts: int) -> list[slice]:
     return [slice(low, high) for low, high in itertools.pairwise(bounds)]
 
 
-def split_batch(network: Callable[..., mx.array]) -> Callable[[mx.array, mx.array, mx.array], mx.array]:
+def split_batch(network: Callable[..., mx.array], uses: Any = ()) -> Callable[[mx.array, mx.array, mx.array], mx.array]:
     """network(z, t, y) with the batch split over the lanes and evaluated; the network itself where there are none.
 
-    t may be shared by the batch. Each image's result is the network's own, up to the rounding of other product shapes.
-    Not for use inside a compiled or differentiated function.
+    `uses` are the arrays that the network refers to besides its arguments (a module's parameters are found). t may be
+    shared by the batch. Each image's result is the network's own, up to the rounding of other product shapes. Not for
+    use inside a compiled or differentiated function.
     """
     if count() == 1:
         return network
@@ -109,7 +110,7 @@ def split_batch(network: Callable[..., mx.array]) -> Callable[[mx.array, mx.arra
         if len(mine) < 2:
             return network(z, t, y)
         parts: list[Sequence[mx.array]] = [(z[s], t[s] if t.size > 1 else t, y[s]) for s in mine]
-        mx.eval(parts, network.parameters() if isinstance(network, nn.Module) else [])
+        mx.eval(parts, uses, network.parameters() if isinstance(network, nn.Module) else [])
         return mx.concatenate(run([partial(network, *p) for p in parts]))
 
     return run_split
