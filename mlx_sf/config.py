@@ -213,7 +213,7 @@ class SampleConfig:
     """How to draw samples. `cfg` 1 means no guidance; it acts for `cfg_low < t < cfg_high` (a low end of 0 included).
 
     `heun` and `euler` are the published solvers; `multistep` is second order with one evaluation a step. `t_eps` None
-    takes the flow's own with the published ones, as they do, and bounds nothing with `multistep`.
+    takes the flow's own, as the published sampler does.
     """
 
     method: Method = "heun"

@@ -38,7 +38,7 @@ def compile_by_default() -> bool:
 
 
 def dequantize_by_default() -> bool:
-    """On a CPU quantised products take some 60 times as long as float32 ones: the weights are expanded before."""
+    """On a CPU quantised products take some 50 times as long as float32 ones (`mlx-sf bench quantize`)."""
     return not on_gpu()
 
 

@@ -95,7 +95,8 @@ def guided_velocity(
 ) -> mx.array:
     """Classifier-free guidance, v_uncond + cfg (v_cond - v_uncond), at one time t shared by the batch.
 
-    Both halves run in one batch of 2B; a half whose weight is zero (cfg 1, or 0) is not computed.
+    Both halves run in one batch of 2B; a half whose weight is zero (cfg 1, or 0) is not computed. What labels are is
+    between the caller and the network.
     """
     if cfg == 1.0:
         return velocity(network(z, t, y), z, t, flow, t_eps)

@@ -22,7 +22,7 @@ from .files import check_writable, replacing, writable_folder
 from .image import grid, image_name, save_png
 from .model import JiT
 from .quantize import describe
-from .sample import Sampler, State, lower_bound, seeded_noise, to_uint8
+from .sample import Sampler, State, seeded_noise, to_uint8
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def metadata(config: Config, request: Request, i: int, checkpoint: str, dtype: s
         "method": s.method,
         "cfg": s.cfg,
         "cfg_interval": [s.cfg_low, s.cfg_high],
-        "t_eps": lower_bound(config),
+        "t_eps": s.t_eps if s.t_eps is not None else config.flow.t_eps,
         "noise_scale": config.flow.noise_scale,
         "dtype": dtype,
         **({"quantized": describe(config.quantization)} if config.quantization else {}),

@@ -14,16 +14,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .config import Config, SampleConfig
+from .config import Config, FlowConfig, SampleConfig
 from .flow import Network, guided_velocity
 from .lanes import split_batch
 from .model import JiT
 
 # (state z, time t, guidance scale) -> velocity
 VelocityField = Callable[[mx.array, float, float], mx.array]
-
-# stands for "1 - t is not bounded": below every 1 - t at which a network is called
-UNBOUNDED = 1e-6
 
 
 @dataclass(frozen=True)
@@ -71,22 +68,13 @@ def mean_guidance(t: float, t_next: float, config: SampleConfig) -> float:
     return config.cfg if share == 1 else 1 + (config.cfg - 1) * share
 
 
-def lower_bound(config: Config) -> float:
-    """What bounds 1 - t from below in the velocity: `config.sample.t_eps` where it is given; else, for the published
-    solvers, the flow's, as published, and for the multistep solver nothing.
-    """
-    if config.sample.t_eps is not None:
-        return config.sample.t_eps
-    return UNBOUNDED if config.sample.method == "multistep" else config.flow.t_eps
-
-
-def solve(field: VelocityField, z: mx.array, config: SampleConfig, t_eps: float | None = None) -> Iterator[State]:
+def solve(field: VelocityField, z: mx.array, config: SampleConfig, t_eps: float = FlowConfig.t_eps) -> Iterator[State]:
     """Integrate dz/dt = field from noise z at t = 0 to t = 1; yields the state after each step, not yet evaluated.
 
-    `t_eps` is the field's own bound of 1 - t, which the multistep solver needs to know.
+    `t_eps` is the field's own bound of 1 - t; the multistep solver integrates with the same.
     """
     if config.method == "multistep":
-        yield from _multistep(field, z, config, UNBOUNDED if t_eps is None else t_eps)
+        yield from _multistep(field, z, config, t_eps)
         return
     times = time_grid(config.steps)
     for i in range(config.steps):
@@ -105,38 +93,55 @@ def solve(field: VelocityField, z: mx.array, config: SampleConfig, t_eps: float 
 def _multistep(field: VelocityField, z: mx.array, config: SampleConfig, t_eps: float) -> Iterator[State]:
     """Second order, one evaluation a step: the linear part of the flow solved exactly, the prediction extrapolated.
 
-    With r(t) = max(1 - t, t_eps) the velocity is (p - z) / r, where p = z + r v is the network's prediction of the
-    finished image (an x-predictor's own output). Over a step h = t' - t, with p(s) = p + (s - t) p',
+    With r(t) = max(1 - t, t_eps) the velocity is (p - z) / r, where p = z + r v is the predicted finished image (an
+    x-predictor's own output). With p(s) = p + (s - t) p' over a step of length h from t to t',
 
-        z(t') = a z + (1 - a) p + (h - b) p',   a = exp(-integral of ds / r(s)),   b = integral of a(s, t') ds.
+        z(t') = a z + (1 - a) p + b p',   a = exp(-integral of ds / r(s)),   b = h - integral of a(s, t') ds.
 
-    Where 1 - t is above t_eps, a = r'/r and b = r' log(r/r'). p' is the slope between this evaluation and the last.
-    The first step, and one at which the guidance scale changes (p jumps), takes p' = 0, which is Euler's step; the
-    last ends at p + (1 - t) p', with no noise left. This is DPM-Solver++ (2M) of Lu et al. with the prediction
-    extrapolated in t instead of the log signal-to-noise ratio, which is infinite at both ends of this flow.
+    Where r = 1 - t this is a = r'/r, b = h - r' log(r / r'). The slope p' is that from the last evaluation to this one.
+    The first step, and one at which the guidance scale changes (p jumps), takes p' = 0: without the bound, Euler's
+    step. The last step is z + h v + h^2 / (2 r) p': like the published ones it leaves less noise behind than the
+    bounded flow itself would. This is DPM-Solver++ (2M) of Lu et al. on this flow, with the prediction extrapolated in
+    t instead of the log signal-to-noise ratio, which is infinite at both ends.
     """
     times = [float(t) for t in time_grid(config.steps)]
     last: tuple[float, float, mx.array] | None = None  # time, guidance scale, prediction
     for i, (t, t_next) in enumerate(pairwise(times)):
-        cfg = mean_guidance(t, t_next, config)
+        cfg, r = mean_guidance(t, t_next, config), max(1 - t, t_eps)
         v = field(z, t, cfg)
-        p = z + max(1 - t, t_eps) * v
-        x = z + (1 - t) * v
-        a, b = _decay(t, t_next, t_eps)
+        p, x = z + r * v, z + (1 - t) * v
+        if i < config.steps - 1:
+            a, b = _step_weights(t, t_next, t_eps)
+        else:
+            h = t_next - t
+            a, b = 1 - h / r, h * h / (2 * r)
         z = a * z + (1 - a) * p
         if last is not None and last[1] == cfg:
-            z = z + (t_next - t - b) / (t - last[0]) * (p - last[2])
+            z = z + b / (t - last[0]) * (p - last[2])
         last = t, cfg, p
         yield State(i + 1, config.steps, t_next, z, x)
 
 
-def _decay(t: float, t_next: float, t_eps: float) -> tuple[float, float]:
-    """a(t, t') = exp(-integral from t to t' of ds / max(1 - s, t_eps)), and the integral of a(s, t') over s."""
+def _step_weights(t: float, t_next: float, t_eps: float) -> tuple[float, float]:
+    """a and b of `_multistep` for the step from t to t_next, part of which may lie where t_eps bounds 1 - t."""
     r, r_next = max(1 - t, t_eps), max(1 - t_next, t_eps)
-    a, b = r_next / r, r_next * math.log(r / r_next)  # up to where the bound begins
-    bounded = (min(1 - t, t_eps) - min(1 - t_next, t_eps)) / t_eps
-    a_bounded = math.exp(-bounded)
-    return a * a_bounded, b * a_bounded + t_eps * (1 - a_bounded)
+    free, bounded = r_next / r, math.exp((min(1 - t_next, t_eps) - min(1 - t, t_eps)) / t_eps)
+    integral = r_next * math.log(r / r_next) * bounded + t_eps * (1 - bounded)
+    return free * bounded, t_next - t - integral
+
+
+def evaluations(config: SampleConfig) -> int:
+    """Network evaluations per image: a guided velocity takes two, one with the class and one without."""
+    count = 0
+
+    def field(z: mx.array, t: float, cfg: float) -> mx.array:
+        nonlocal count
+        count += 1 if cfg in (0, 1) else 2
+        return z
+
+    for _ in solve(field, mx.array(0.0), config):
+        pass
+    return count
 
 
 class Sampler:
@@ -149,7 +154,8 @@ class Sampler:
 
     def __init__(self, network: Network, config: Config, compile: bool = False) -> None:
         self.network, self.config, self.compile = network, config, compile
-        self.t_eps = lower_bound(config)
+        t_eps = config.sample.t_eps
+        self.t_eps = config.flow.t_eps if t_eps is None else t_eps
         self._functions: dict[float, Callable[..., mx.array]] = {}
 
     def field(self, labels: mx.array) -> VelocityField:

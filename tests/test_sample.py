@@ -5,8 +5,18 @@ import numpy as np
 import pytest
 
 from mlx_sf.config import SampleConfig
+from mlx_sf.errors import MlxSfError
 from mlx_sf.generate import Request, generate
-from mlx_sf.sample import guidance_at, sample_states, seeded_noise, time_grid, to_uint8
+from mlx_sf.sample import (
+    Sampler,
+    evaluations,
+    guidance_at,
+    sample_states,
+    seeded_noise,
+    solve,
+    time_grid,
+    to_uint8,
+)
 
 CASES = [
     *(f"vanilla_{i:02d}" for i in range(24)), *(f"forced_{i}" for i in range(5)), "edge_30", "forced_window",
@@ -64,9 +74,10 @@ def test_guidance_interval_equals_golden(golden):
         np.testing.assert_array_equal(got, arrays[name], err_msg=name)
 
 
-def test_an_image_depends_on_its_own_seed_alone(load):
+@pytest.mark.parametrize("method", ["heun", "multistep"])
+def test_an_image_depends_on_its_own_seed_alone(load, method):
     model, config = load("forced", "ema1")
-    config = config.replace(steps=4, cfg=2.0)
+    config = config.replace(steps=4, cfg=2.0, method=method)
 
     def draw(seeds, labels, batch_size):
         request = Request(tuple(labels), tuple(seeds))
@@ -124,13 +135,142 @@ def test_quantisation_equals_golden(golden):
     np.testing.assert_array_equal(to_uint8(flat)[0, :, 0], arrays["quantise_out"])
 
 
-@pytest.mark.parametrize("method", ["heun", "euler"])
+@pytest.mark.parametrize("method", ["heun", "euler", "multistep"])
 def test_a_straight_field_is_integrated_exactly(method):
-    from mlx_sf.sample import solve
-
     target = mx.full((1, 3, 2, 2), 2.0)
     config = SampleConfig(method, 7)
     *_, state = solve(
         lambda z, t, cfg: (target - z) / (1 - t) if t < 1 else mx.zeros_like(z), mx.zeros((1, 3, 2, 2)), config
     )
     np.testing.assert_allclose(np.asarray(state.z), 2.0, atol=1e-5)
+
+
+def gaussian_rate(t, s):
+    """d log z / dt along the flow of data from N(0, s^2): z(t) stays proportional to the standard deviation at t."""
+    return (t * s**2 - (1 - t)) / (t**2 * s**2 + (1 - t) ** 2)
+
+
+def gaussian_spread(t, s):
+    return np.sqrt(t**2 * s**2 + (1 - t) ** 2)
+
+
+def end(field, method, steps, t_eps=1e-9, **guidance):
+    *_, state = solve(field, mx.array(1.0), SampleConfig(method, steps, **guidance), t_eps)
+    assert state.t == 1.0
+    return state.z.item()
+
+
+@pytest.mark.parametrize("method, order", [("euler", 1), ("heun", 2), ("multistep", 2)])
+@pytest.mark.parametrize("s", [0.5, 1.5])
+def test_order_of_convergence_on_gaussian_data(method, order, s):
+    """The exact flow ends at s z(0)."""
+
+    def field(z, t, cfg):
+        return gaussian_rate(t, s) * z
+
+    errors = [abs(end(field, method, n) - s) for n in (10, 20, 40, 80)]
+    rates = np.log2(np.divide(errors[:-1], errors[1:]))
+    assert abs(rates[-1] - order) < 0.25, (errors, rates)
+
+
+@pytest.mark.parametrize("interval", [(0.1, 1.0), (0.13, 0.71)])
+def test_multistep_stays_second_order_where_guidance_begins_and_ends(interval):
+    """Class and no class are Gaussians of their own: then the guided flow, too, has a closed form."""
+    low, high = interval
+    with_class, without, cfg = 0.6, 1.2, 2.5
+
+    def field(z, t, scale):
+        u = gaussian_rate(t, without)
+        return (u + scale * (gaussian_rate(t, with_class) - u)) * z
+
+    def grown(a, b, s):
+        return np.log(gaussian_spread(b, s) / gaussian_spread(a, s))
+
+    exact = grown(0, 1, with_class) + (cfg - 1) * (grown(low, high, with_class) - grown(low, high, without))
+    errors = {
+        n: abs(end(field, "multistep", n, cfg=cfg, cfg_low=low, cfg_high=high) - np.exp(exact)) for n in (40, 80, 160)
+    }
+    assert errors[160] < errors[40] / 10, errors
+    assert errors[80] < abs(end(field, "euler", 80, cfg=cfg, cfg_low=low, cfg_high=high) - np.exp(exact)) / 3
+
+
+def test_multistep_begins_with_the_first_order_step():
+    """Which is Euler's, and z' = r'/r z + (1 - r'/r) p with p the predicted image (DDIM's)."""
+
+    def field(z, t, cfg):
+        return mx.sin(3 * z) + t
+
+    z = mx.random.normal((2, 3, 4, 4), key=mx.random.key(0))
+    first, second = list(solve(field, z, SampleConfig("multistep", 4)))[:2]
+    euler = next(solve(field, z, SampleConfig("euler", 4)))
+    np.testing.assert_allclose(np.asarray(first.z), np.asarray(euler.z), atol=1e-6)
+    p0, p1 = z + field(z, 0.0, 1), first.z + 0.75 * field(first.z, 0.25, 1)
+    np.testing.assert_allclose(np.asarray(first.z), np.asarray(0.75 * z + 0.25 * p0), atol=1e-6)
+    np.testing.assert_allclose(np.asarray(second.x), np.asarray(p1), atol=1e-6)
+    slope = (p1 - p0) / 0.25
+    want = first.z * (0.5 / 0.75) + p1 * (1 - 0.5 / 0.75) + slope * (0.25 - 0.5 * np.log(0.75 / 0.5))
+    np.testing.assert_allclose(np.asarray(second.z), np.asarray(want), atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 25, 50, 200])
+def test_multistep_leaves_no_more_noise_than_heun(steps):
+    """A perfect predictor of a black image, the published bound: what is left of the noise at the end."""
+
+    def field(z, t, cfg):
+        return -z / max(1 - t, 0.05)
+
+    left = end(field, "multistep", steps, 0.05)
+    assert -1e-6 < left <= end(field, "heun", steps, 0.05) + 1e-6
+    assert left < 0.0185
+
+
+@pytest.mark.parametrize("name", ["forced", "hybrid", "noctx"])
+def test_multistep_and_heun_solve_the_same_flow(load, name):
+    """x-, hybrid and v-predictors, guided: both end at the same pictures."""
+    model, config = load(name)
+    noise, labels = seeded_noise([0, 1], config.model.img_size), mx.array([1, 2])
+
+    def last(method, steps):
+        settings = config.replace(sample=SampleConfig(method, steps, 2.0, 0.0, 1.0))
+        *_, state = sample_states(model, settings, noise, labels)
+        return np.asarray(state.z)
+
+    fine = last("heun", 150)
+    distance = {n: np.sqrt(np.mean((last("multistep", n) - fine) ** 2)) for n in (25, 100)}
+    euler = np.sqrt(np.mean((last("euler", 100) - fine) ** 2))
+    assert distance[100] < distance[25] / 3
+    assert distance[100] < euler / 2
+    np.testing.assert_allclose(last("multistep", 1), last("euler", 1), atol=1e-5)
+
+
+def test_unknown_method_is_refused():
+    with pytest.raises(MlxSfError, match="method is 'dpm', want one of heun, euler, multistep"):
+        SampleConfig("dpm")
+
+
+def test_evaluations_per_image():
+    def count(method, steps, cfg=2.9, low=0.1, high=1.0):
+        return evaluations(SampleConfig(method, steps, cfg, low, high))
+
+    assert count("heun", 50, 1.0) == 99
+    assert count("heun", 50, low=0.0) == 198  # as many as the published loop, which computes both halves everywhere
+    assert count("heun", 50) == 187
+    assert count("multistep", 25, 1.0) == 25
+    assert count("multistep", 50) == 50 + 45
+
+
+def test_conditioning_shared_by_images_equals_each_ones_own(load):
+    """Classes that repeat, in any order, with and without compilation, over batches that share a sampler."""
+    model, config = load("forced")
+    config = config.replace(steps=3, cfg=2.0)
+    noise, labels = seeded_noise(range(5), config.model.img_size), [3, 1, 3, config.model.null_class, 1]
+
+    def plain(z, t, y):
+        return model(z, t, y)
+
+    *_, want = sample_states(plain, config, noise, mx.array(labels))
+    for compiled in (False, True):
+        sampler = Sampler(model, config, compiled)
+        for order in ([0, 1, 2, 3, 4], [4, 2, 0, 1, 3]):
+            *_, got = sampler.states(noise[mx.array(order)], mx.array([labels[i] for i in order]))
+            np.testing.assert_allclose(np.asarray(got.z), np.asarray(want.z)[order], atol=1e-5)

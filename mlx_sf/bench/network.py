@@ -1,18 +1,17 @@
-"""One forward pass and one whole sample, against PyTorch in the same process and the machine's product rate."""
+"""One forward pass, against PyTorch in the same process and the machine's product rate."""
 
-import contextlib
 import importlib.util
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from ..config import Config, ModelConfig, SampleConfig, model_config
+from ..config import ModelConfig, model_config
 from ..device import compile_by_default
 from ..lanes import split_batch
 from ..model import JiT, cast_products
 from ..report import forward_flops
-from ..sample import sample_states, seeded_noise
+from ..sample import seeded_noise
 from .rates import best_seconds, product_rate
 
 
@@ -54,26 +53,3 @@ def _torch_forward(config: ModelConfig, batch: int) -> dict[str, Any]:
     with torch.inference_mode():
         seconds = best_seconds(lambda: network(x, t, y))
     return {"torch_seconds": seconds, "torch_threads": torch.get_num_threads(), "torch": torch.__version__}
-
-
-def measure_sampling(size: str, img_size: int, batch: int, steps: int, dtype: mx.Dtype, cfg: float) -> dict[str, Any]:
-    """Seconds of one batch of whole samples: Heun, guidance in (0.1, 1)."""
-    config = Config(model_config(size, img_size=img_size), sample=SampleConfig("heun", steps, cfg, 0.1, 1.0))
-    model = JiT(config.model)
-    model.update(cast_products(model.parameters(), dtype))
-    noise, labels = seeded_noise(range(batch), img_size), mx.zeros((batch,), dtype=mx.int32)
-    mx.eval(model.parameters(), noise)
-
-    def run() -> None:
-        for state in sample_states(model, config, noise, labels, compile_by_default()):
-            mx.eval(state.z)
-
-    with contextlib.suppress(AttributeError):
-        mx.reset_peak_memory()
-    seconds = best_seconds(run, repeats=1, warmup=0)
-    return {
-        "what": f"{size} at {img_size}, {batch} images, {steps} Heun steps, cfg {cfg}",
-        "seconds": seconds,
-        "seconds_per_image": seconds / batch,
-        "mlx_peak_bytes": mx.get_peak_memory(),
-    }

@@ -2,12 +2,15 @@
 
 import json
 import os
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import click
 
+from ..config import Method
 from ..device import DTYPES, describe, limit_cache, pick_dtype
 from ..errors import MlxSfError
+from ..files import check_writable, replacing
 from ..progress import Progress
 
 
@@ -61,14 +64,78 @@ def forward(size: str, img_size: int, batch_size: int, dtype: str | None, peer: 
 @_img
 @_batch
 @_dtype
-@click.option("--steps", type=click.IntRange(1), default=50, show_default=True)
+@click.option("--steps", type=click.IntRange(1), default=5, show_default=True, help="Times scale with the steps.")
+@click.option("--method", type=click.Choice(get_args(Method)), default="heun", show_default=True)
 @click.option("--cfg", type=float, default=2.9, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Timed samples; medians count.")
+@click.option("--peer/--no-peer", default=True, help="Also time PyTorch, where it is installed.")
 @_json
-def sample(size: str, img_size: int, batch_size: int, dtype: str | None, steps: int, cfg: float, as_json: bool) -> None:
-    """One batch of whole samples."""
-    from ..bench.network import measure_sampling
+def sample(
+    size: str,
+    img_size: int,
+    batch_size: int,
+    dtype: str | None,
+    steps: int,
+    method: str,
+    cfg: float,
+    rounds: int,
+    peer: bool,
+    as_json: bool,
+) -> None:
+    """One batch of whole guided samples, against the published loop in PyTorch."""
+    from ..bench.sampling import measure_sampling
 
-    show(measure_sampling(size, img_size, batch_size, steps, pick_dtype(dtype), cfg), as_json)
+    dt = pick_dtype(dtype)
+    show(measure_sampling(size, img_size, batch_size, steps, dt, cfg, rounds, peer, method=method), as_json)
+
+
+@command.command()
+@click.option(
+    "--output", "-o", default="solvers.png", show_default=True, help="The figure; NAME.json holds the numbers."
+)
+@click.option("--images", type=click.IntRange(1), default=4, show_default=True, help="Images of each case.")
+def solvers(output: str, images: int) -> None:
+    """Distance of each solver's pictures to those of 1,000 Heun steps, over network evaluations: a figure, a table."""
+    from ..bench.solvers import measure_solvers, plot_solvers, solver_lines
+
+    path = Path(output).with_suffix(".png")
+    for target in (path, path.with_suffix(".json")):
+        check_writable(target)
+    result = measure_solvers(images=images)
+    plot_solvers(path, result)
+    with replacing(path.with_suffix(".json")) as temporary:
+        temporary.write_text(json.dumps(result, indent=1))
+    for line in solver_lines(result):
+        click.echo(line)
+    click.echo(f"figure: {path}")
+
+
+@command.command()
+@click.argument("kind", type=click.Choice(["sample", "train"]))
+@_size
+@_img
+@_batch
+@_dtype
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Medians count.")
+@_json
+def profile(
+    kind: Literal["sample", "train"],
+    size: str,
+    img_size: int,
+    batch_size: int,
+    dtype: str | None,
+    rounds: int,
+    as_json: bool,
+) -> None:
+    """Where the time of a guided Heun step or of a training step goes, part by part."""
+    from ..bench.profile import profile_lines, profile_step
+
+    result = profile_step(kind, size, img_size, batch_size, pick_dtype(dtype), rounds)
+    if as_json:
+        click.echo(json.dumps({"machine": describe(), **result}, indent=1))
+        return
+    for line in [describe()["device"], *profile_lines(result)]:
+        click.echo(line)
 
 
 @command.command()

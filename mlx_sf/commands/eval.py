@@ -40,7 +40,7 @@ def _names(_: click.Context, __: click.Parameter, text: str | None) -> tuple[str
 @click.option("--steps", type=int, help="Steps of the solver. [default: the checkpoint's, usually 50]")
 @click.option("--method", type=click.Choice(get_args(Method)), help="Solver. [default: the checkpoint's]")
 @click.option("--cfg-interval", type=float, nargs=2, metavar="LOW HIGH", help="Guide only where LOW < t < HIGH.")
-@click.option("--sample-t-eps", type=float, help="Lower bound of 1 - t. [default: the training's]")
+@click.option("--sample-t-eps", type=float, help="Lower bound of 1 - t in the velocity. [default: the training's]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the first image; image i has seed + i.")
 @click.option("--dtype", type=click.Choice(list(device.DTYPES)), help="Of the model's matrix products.")
 @click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Images at a time.")

@@ -25,7 +25,7 @@ from ..progress import Progress
 @click.option(
     "--method",
     type=click.Choice(get_args(Method)),
-    help="Solver; multistep needs half of heun's evaluations a step. [default: the checkpoint's, usually heun]",
+    help="Solver; multistep evaluates the network once a step, heun twice. [default: the checkpoint's, usually heun]",
 )
 @click.option("--cfg", type=float, help="Guidance scale; 1 means off. [default: the checkpoint's]")
 @click.option(
@@ -36,9 +36,7 @@ from ..progress import Progress
     help="Guide only where LOW < t < HIGH (t = 0 is noise). [default: the checkpoint's, usually 0.1 1]",
 )
 @click.option(
-    "--sample-t-eps",
-    type=float,
-    help="Lower bound of 1 - t in the velocity. [default: the training's, 0.05; none with multistep]",
+    "--sample-t-eps", type=float, help="Lower bound of 1 - t in the velocity. [default: the training's, 0.05]"
 )
 @click.option("--noise", type=click.Path(), help="Initial noise: .npy, float32 (N, 3, H, W), standard normal.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of the matrix products. [default: bfloat16 on a GPU]")
@@ -119,7 +117,7 @@ def quantization_note(config: Config, dequantize: bool) -> str | None:
     slow = "quantised products are slow on a CPU"
     if dequantize:
         return f"note: {slow}: the weights are expanded to floats first, which takes the memory of floats"
-    return f"note: {slow}, some 60 times slower than float32: leave out --no-dequantize if there is memory for floats"
+    return f"note: {slow}, some 50 times slower than float32: leave out --no-dequantize if there is memory for floats"
 
 
 def _with_solver(

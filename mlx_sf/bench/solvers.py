@@ -1,0 +1,141 @@
+"""How far each solver's pictures are from those of 1,000 Heun steps, over the number of network evaluations."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from ..checkpoint import demo_checkpoint, load_model
+from ..config import Config, FlowConfig, PredParam, SampleConfig, model_config
+from ..files import replacing
+from ..model import JiT
+from ..progress import Progress
+from ..sample import Sampler, evaluations, seeded_noise
+
+REFERENCE = ("heun", 1000)
+STEPS = {
+    "euler": (4, 6, 8, 12, 16, 25, 36, 50, 100),
+    "heun": (2, 3, 4, 6, 8, 12, 18, 25, 50),
+    "multistep": (4, 6, 8, 12, 16, 25, 36, 50, 100),
+}
+_RANDOM: dict[str, dict[str, Any]] = {
+    "random, x-prediction": {},
+    "random, x-prediction, no forcing, noise 2": {"spectral_forcing": False, "noise_scale": 2.0},
+    "random, v-prediction": {"pred_param": "v"},
+    "random, hybrid": {"pred_param": "hybrid"},
+}
+# name -> (model, guidance scale)
+CASES: dict[str, tuple[str, float]] = {
+    "demo model, no guidance": ("demo", 1.0),
+    "demo model, guidance 2": ("demo", 2.0),
+    "random, x-prediction, guidance 2.9": ("random, x-prediction", 2.9),
+    "random, no forcing, noise 2, guidance 2.9": ("random, x-prediction, no forcing, noise 2", 2.9),
+    "random, v-prediction, guidance 2.9": ("random, v-prediction", 2.9),
+    "random, hybrid, guidance 2.9": ("random, hybrid", 2.9),
+}
+
+
+def random_network(pred_param: PredParam = "x", seed: int = 0, **changes: Any) -> tuple[JiT, Config]:
+    """A small untrained network in which every parameter acts: what the usual start leaves at zero is random, too."""
+    config = Config(
+        model_config("nano", 8, 32, num_classes=10, out_channels=6 if pred_param == "hybrid" else 3),
+        FlowConfig(pred_param=pred_param),
+    ).replace(**changes)
+    model = JiT(config.model, mx.random.key(seed))
+    leaves: Any = tree_flatten(model.parameters())
+    keys = mx.random.split(mx.random.key(seed + 1), len(leaves))
+    filled = []
+    for (name, w), key in zip(leaves, keys, strict=True):
+        if "adaLN" in name:
+            w = mx.random.normal(w.shape, key=key) * (0.5 if w.ndim == 1 else w.shape[-1] ** -0.5)
+        elif name.startswith("final_layer.linear"):
+            w = mx.random.normal(w.shape, key=key) * 0.05 * w.shape[-1] ** -0.5  # pictures of the usual contrast
+        elif name.startswith(("t_embedder", "y_embedder")):
+            w = w * 20  # the usual 0.02 would leave time and class without effect
+        elif name.startswith("x_embedder"):
+            w = w * 4
+        filled.append((name, w))
+    model.update(tree_unflatten(filled))
+    return model, config
+
+
+def measure_solvers(
+    cases: Iterable[str] = tuple(CASES), images: int = 4, steps: Mapping[str, Sequence[int]] = STEPS
+) -> dict[str, list[dict[str, Any]]]:
+    """Root mean square distance, over pixels and images, of each solver's result from that of 1,000 Heun steps.
+
+    All solve the same flow with the same noise, classes and bound of 1 - t. Returns, for each case, a row per solver
+    and number of steps: method, steps, evaluations of the network per image, distance (images are in [-1, 1]).
+    """
+    result: dict[str, list[dict[str, Any]]] = {}
+    for case in cases:
+        name, cfg = CASES[case]
+        model, config = load_model(demo_checkpoint()) if name == "demo" else random_network(**_RANDOM[name])
+        noise = seeded_noise(range(images), config.model.img_size)
+        labels = mx.arange(images) % config.model.num_classes
+        runs = [REFERENCE, *((method, n) for method, counts in steps.items() for n in counts)]
+        with Progress(sum(n for _, n in runs), case, "steps") as bar:
+            finished = []
+            for method, n in runs:
+                sample = SampleConfig(method, n, cfg, 0.1, 1.0)  # type: ignore[arg-type]
+                sampler = Sampler(model, dataclasses.replace(config, sample=sample), compile=True)
+                for state in sampler.states(noise, labels):
+                    mx.eval(state.z)
+                    bar.update()
+                finished.append(np.array(state.z))
+        want = finished[0]
+        result[case] = [
+            {
+                "method": method,
+                "steps": n,
+                "evaluations": evaluations(SampleConfig(method, n, cfg, 0.1, 1.0)),  # type: ignore[arg-type]
+                "distance": float(np.sqrt(np.mean((z - want) ** 2))),
+            }
+            for (method, n), z in zip(runs[1:], finished[1:], strict=True)
+        ]
+    return result
+
+
+_STYLE = {"euler": ("#E69F00", "s", ":"), "heun": ("#0072B2", "o", "--"), "multistep": ("#009E73", "^", "-")}
+
+
+def plot_solvers(path: Path, result: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """A panel per case: distance over evaluations per image, both logarithmic. PNG."""
+    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+
+    columns = min(3, len(result))
+    rows = -(-len(result) // columns)
+    figure = Figure(figsize=(3.7 * columns, 3.1 * rows + 0.5), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).reshape(-1)
+    for axes, (case, measured) in zip(panels, result.items(), strict=False):
+        for method, (colour, marker, line) in _STYLE.items():
+            points = [(r["evaluations"], r["distance"]) for r in measured if r["method"] == method]
+            axes.plot(*zip(*points, strict=True), line, color=colour, marker=marker, markersize=5, label=method)
+        axes.set(xscale="log", yscale="log", title=case)
+        axes.title.set_fontsize(9.5)
+        axes.set_xticks([5, 10, 20, 50, 100, 200], ["5", "10", "20", "50", "100", "200"])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    for axes in panels[len(result) :]:
+        axes.set_visible(False)
+    panels[0].legend()
+    figure.supxlabel("network evaluations per image")
+    figure.supylabel("RMS distance to 1,000 Heun steps")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def solver_lines(result: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """The measurements as a table: distance for each solver and number of evaluations."""
+    lines = []
+    for case, measured in result.items():
+        lines.append(case)
+        lines += [
+            f"  {r['method']:<10} {r['steps']:4d} steps {r['evaluations']:4d} evaluations  {r['distance']:.4f}"
+            for r in measured
+        ]
+    return lines
