@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
-from . import __version__, device, report
+from . import __version__, device, lanes, report
 from .checkpoint import Checkpoint, resolve, step_files
 from .config import Config
 from .data import Source, fingerprint, open_source
@@ -173,6 +173,7 @@ class Trainer:
             grad_checkpoint=s.grad_checkpoint,
             compile=bool(s.compile),
             world=world.size,
+            lanes=lanes.count(),
         )
         self.step = TrainStep(self.model, p.config.flow, options)
         self.dropout = s.attn_dropout > 0 or s.proj_dropout > 0

@@ -9,13 +9,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from .config import Config, FlowConfig, SampleConfig
 from .flow import Network, guided_velocity
-from .lanes import all_threads_for_products, split_batch
+from .lanes import split_batch
 from .model import JiT
 
 # (state z, time t, guidance scale) -> velocity
@@ -188,9 +189,13 @@ class Sampler:
                     return self.network(z, t, classes[rows])
                 return self.network(z, t, classes[rows], modulations=[m[rows] for m in table])  # type: ignore[call-arg]
 
-            return guided_velocity(split_batch(network), z, t, rows, self.config.flow, null_row, cfg, self.t_eps)
+            run = network if self.compile else split_batch(network, [classes, table, self._parameters()])
+            return guided_velocity(run, z, t, rows, self.config.flow, null_row, cfg, self.t_eps)
 
         return self._functions.setdefault(cfg, mx.compile(evaluate) if self.compile else evaluate)
+
+    def _parameters(self) -> Any:
+        return self.network.parameters() if isinstance(self.network, JiT) else []
 
     def states(self, noise: mx.array, labels: mx.array) -> Iterator[State]:
         """States of one batch, from standard normal noise (B, 3, H, W) and labels (B,), not yet evaluated.
@@ -198,10 +203,7 @@ class Sampler:
         The noise scale is applied here. The caller owns progress and evaluation (`mx.eval(state.z)`).
         """
         z = self.config.flow.noise_scale * noise.astype(mx.float32)
-        try:
-            yield from solve(self.field(labels), z, self.config.sample, self.t_eps)
-        finally:
-            all_threads_for_products()  # a training run that drew a preview goes on as fast as before
+        yield from solve(self.field(labels), z, self.config.sample, self.t_eps)
 
 
 def sample_states(

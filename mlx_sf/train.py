@@ -16,6 +16,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from . import lanes
 from .config import FlowConfig
 from .flow import drop_labels, training_loss, training_times
 from .model import JiT, cast_products
@@ -30,7 +31,8 @@ SETS = ("model", "ema1", "ema2")
 class StepOptions:
     """How a step is computed. All but `optimizer`, `clip_grad` and `dtype` change results by rounding at most.
 
-    `accumulate` splits the batch into that many micro-batches; `world` processes average their gradients.
+    `accumulate` splits the batch into that many micro-batches; `world` processes average their gradients; `lanes`
+    threads share batch and parameters between them (`lanes.count()` is how many help). Dropout runs in one lane.
     """
 
     optimizer: AdamW = field(default_factory=AdamW)
@@ -40,6 +42,7 @@ class StepOptions:
     grad_checkpoint: bool = False
     compile: bool = False
     world: int = 1
+    lanes: int = 1
 
 
 @dataclass(frozen=True)
@@ -96,17 +99,20 @@ def pixels(images: mx.array) -> mx.array:
 
 
 class TrainStep:
-    """step(arrays, images, labels, draws, lr, number, ema_decays) -> (new arrays, loss, gradient norm), unevaluated.
+    """step(arrays, images, labels, draws, lr, number, ema_decays) -> (new arrays, loss, gradient norm).
 
     `images` (b, H, H, 3) uint8 and `labels` (b,) are this process's share; `number` counts steps from 1. The gradient
-    norm is None unless gradients are clipped. The model serves as a shell: its weights come from `arrays`.
+    norm is None unless gradients are clipped. The model serves as a shell: its weights come from `arrays`, which is
+    used up: its buffers become the new ones. Results are unevaluated, unless several lanes computed them.
     """
 
     def __init__(self, model: JiT, flow: FlowConfig, options: StepOptions) -> None:
         self.model, self.flow, self.options = model, flow, options
         self._value_and_grad = mx.value_and_grad(self._loss)
         wrap: Callable[[Any], Any] = mx.compile if options.compile else lambda f: f
-        self._whole, self._micro, self._finish = wrap(self._step), wrap(self._accumulate), wrap(self._apply)
+        self._gradient, self._micro = wrap(self._value_and_grad), wrap(self._accumulate)
+        self._whole, self._finish = wrap(self._step), wrap(self._apply)
+        self._reduced, self._updated = wrap(self._reduce), wrap(self._update)
 
     def __call__(
         self,
@@ -121,15 +127,13 @@ class TrainStep:
         scalars = mx.array([*self.options.optimizer.scalars(lr, number), *ema_decays], dtype=mx.float32)
         d = draws
         batch = [mx.array(images), mx.array(labels), d.drop_uniform, d.t_normal, d.noise]
-        parts = self.options.accumulate
-        if parts == 1:
+        if self.options.lanes > 1 and len(images) > 1 and d.dropout is None:
+            return self._in_lanes(arrays, batch, scalars)
+        if self.options.accumulate == 1:
             return self._whole(arrays, batch, d.dropout, scalars)
-        keys = [None] * parts if d.dropout is None else list(mx.random.split(d.dropout, parts))
-        loss, gradients = mx.array(0.0), {k: mx.zeros(w.shape) for k, w in arrays["model"].items()}
-        for key, *micro in zip(keys, *(mx.split(a, parts) for a in batch), strict=True):
-            loss, gradients = self._micro(arrays["model"], loss, gradients, micro, key)
-            mx.eval(loss, gradients)  # one micro-batch in memory at a time
-        return self._finish(arrays, gradients, loss, scalars)
+        mx.eval(arrays, batch)
+        [(loss, gradients)] = self._gradients(arrays["model"], batch, d.dropout, [slice(0, len(images))])
+        return self._finish(arrays, [gradients], mx.array([1.0]), loss, scalars)
 
     def _loss(self, weights: Weights, batch: list[mx.array], dropout: mx.array | None) -> mx.array:
         images, labels, drop_uniform, t_normal, noise = batch
@@ -141,36 +145,130 @@ class TrainStep:
             t = training_times(t_normal, self.flow)
             return training_loss(network, pixels(images), y, t, noise, self.flow)
 
+    def _gradients(
+        self, weights: Weights, batch: list[mx.array], dropout: mx.array | None, mine: list[slice]
+    ) -> list[tuple[mx.array, Weights]]:
+        """Loss and gradients of the slices `mine` of a batch, one per lane, evaluated one micro-batch at a time."""
+        parts = min(self.options.accumulate, *(s.stop - s.start for s in mine))
+        if parts == 1:
+            slices = [[a[s] for a in batch] for s in mine]
+            mx.eval(slices, dropout)
+            return lanes.run([partial(self._gradient, weights, own, dropout) for own in slices])
+        keys = [None] * parts if dropout is None else list(mx.random.split(dropout, parts))
+        done = [(mx.array(0.0), {k: mx.zeros(w.shape) for k, w in weights.items()}) for _ in mine]
+        mx.eval(keys, done)
+        micros = [[_within(s, m) for m in lanes.shares(s.stop - s.start, parts)] for s in mine]
+        for i, key in enumerate(keys):
+            tasks: list[lanes.Task] = []
+            for lane, micro in enumerate(micros):
+                own = [a[micro[i]] for a in batch]
+                share = mx.array(len(own[0]) / (micro[-1].stop - micro[0].start))
+                mx.eval(own, share)
+                tasks.append(partial(self._micro, weights, *done[lane], own, key, share))
+            done.clear()
+            done = lanes.run(tasks)
+        return done
+
+    def _accumulate(
+        self,
+        weights: Weights,
+        loss: mx.array,
+        gradients: Weights,
+        batch: list[mx.array],
+        dropout: mx.array | None,
+        fraction: mx.array,
+    ) -> tuple[mx.array, Weights]:
+        micro_loss, micro = self._value_and_grad(weights, batch, dropout)
+        return loss + fraction * micro_loss, tree_map(lambda total, g: total + fraction * g, gradients, micro)
+
     def _step(
         self, arrays: Arrays, batch: list[mx.array], dropout: mx.array | None, scalars: mx.array
     ) -> tuple[Arrays, mx.array, mx.array | None]:
         loss, gradients = self._value_and_grad(arrays["model"], batch, dropout)
-        return self._apply(arrays, gradients, loss, scalars)
-
-    def _accumulate(
-        self, weights: Weights, loss: mx.array, gradients: Weights, batch: list[mx.array], dropout: mx.array | None
-    ) -> tuple[mx.array, Weights]:
-        micro_loss, micro = self._value_and_grad(weights, batch, dropout)
-        share = 1 / self.options.accumulate
-        return loss + share * micro_loss, tree_map(lambda total, g: total + share * g, gradients, micro)
+        return self._apply(arrays, [gradients], mx.array([1.0]), loss, scalars)
 
     def _apply(
-        self, arrays: Arrays, gradients: Weights, loss: mx.array, scalars: mx.array
+        self, arrays: Arrays, gradients: list[Weights], fractions: mx.array, loss: mx.array, scalars: mx.array
     ) -> tuple[Arrays, mx.array, mx.array | None]:
-        o = self.options
+        if self._needs_all_gradients:
+            reduced, loss, norm = self._reduce(gradients, fractions, loss)
+            gradients = [reduced]
+        else:
+            norm = None
+        return self._update(arrays, gradients, fractions, scalars), loss, norm
+
+    @property
+    def _needs_all_gradients(self) -> bool:
+        return self.options.world > 1 or self.options.clip_grad > 0
+
+    def _reduce(
+        self, gradients: list[Weights], fractions: mx.array, loss: mx.array
+    ) -> tuple[Weights, mx.array, mx.array | None]:
+        """The gradient of the global batch, clipped; its loss; the norm before clipping."""
+        o, norm = self.options, None
+        total = {k: _weighted([g[k] for g in gradients], fractions) for k in gradients[0]}
         if o.world > 1:
             # as a list: a tree of dotted names would come back nested
-            gradients = dict(zip(gradients, nn.average_gradients(list(gradients.values())), strict=True))
+            total = dict(zip(total, nn.average_gradients(list(total.values())), strict=True))
             loss = mx.distributed.all_sum(loss) / o.world
-        norm = None
         if o.clip_grad:
-            gradients, norm = clip_by_norm(gradients, o.clip_grad)
+            total, norm = clip_by_norm(total, o.clip_grad)
+        return total, loss, norm
+
+    def _update(self, arrays: Arrays, gradients: list[Weights], fractions: mx.array, scalars: mx.array) -> Arrays:
+        """AdamW and the EMAs for these parameters; the gradient is the weighted sum of `gradients`."""
         new: Arrays = {kind: {} for kind in arrays}
         for k, w in arrays["model"].items():
-            w, new["m"][k], new["v"][k] = o.optimizer.update(
-                w, gradients[k], arrays["m"][k], arrays["v"][k], scalars[:3]
+            g = _weighted([g[k] for g in gradients], fractions)
+            w, new["m"][k], new["v"][k] = self.options.optimizer.update(
+                w, g, arrays["m"][k], arrays["v"][k], scalars[:3]
             )
             new["model"][k] = w
             for ema, decay in (("ema1", scalars[3]), ("ema2", scalars[4])):
                 new[ema][k] = decay * arrays[ema][k] + (1 - decay) * w
-        return new, loss, norm
+        return new
+
+    def _in_lanes(
+        self, arrays: Arrays, batch: list[mx.array], scalars: mx.array
+    ) -> tuple[Arrays, mx.array, mx.array | None]:
+        """The step on several threads: first each takes a share of the batch, then each a share of the parameters."""
+        size, mine = len(batch[0]), lanes.shares(len(batch[0]), self.options.lanes)
+        fractions = mx.array([(s.stop - s.start) / size for s in mine])
+        mx.eval(arrays, batch, scalars, fractions)
+        found = self._gradients(arrays["model"], batch, None, mine)
+        loss, norm = (mx.stack([one for one, _ in found]) * fractions).sum(), None
+        gradients = [g for _, g in found]
+        del found
+        if self._needs_all_gradients:
+            total, loss, norm = self._reduced(gradients, fractions, loss)
+            gradients, fractions = [total], mx.array([1.0])
+            mx.eval(gradients, fractions, loss, norm)
+        updates: list[lanes.Task] = []
+        for names in _equal_shares(arrays["model"], self.options.lanes):
+            own: Arrays = {kind: {k: arrays[kind].pop(k) for k in names} for kind in arrays}
+            parts = [{k: g.pop(k) for k in names} for g in gradients]
+            updates.append(partial(self._updated, own, parts, fractions, scalars))
+            del own, parts
+        done = lanes.run(updates)
+        return {kind: {k: w for part in done for k, w in part[kind].items()} for kind in arrays}, loss, norm
+
+
+def _within(outer: slice, inner: slice) -> slice:
+    return slice(outer.start + inner.start, outer.start + inner.stop)
+
+
+def _weighted(parts: list[mx.array], fractions: mx.array) -> mx.array:
+    if len(parts) == 1:
+        return parts[0]
+    return sum((fractions[i] * p for i, p in enumerate(parts[1:], 1)), start=fractions[0] * parts[0])
+
+
+def _equal_shares(weights: Weights, count: int) -> list[list[str]]:
+    """Names of the weights in at most `count` lists of nearly the same total size."""
+    lists: list[list[str]] = [[] for _ in range(min(count, len(weights)))]
+    sizes = [0] * len(lists)
+    for name in sorted(weights, key=lambda k: (-weights[k].size, k)):
+        i = sizes.index(min(sizes))
+        lists[i].append(name)
+        sizes[i] += weights[name].size
+    return lists

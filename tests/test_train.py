@@ -76,8 +76,9 @@ def load_moments(arrays: Arrays, entry: dict[str, Any]) -> int:
         pytest.param("wd0", True, marks=pytest.mark.slow),
     ],
 )
-def test_golden_trajectories(case: str, compile: bool, golden: Golden, converted: Path) -> None:
-    arrays, losses = run_golden(case, golden, converted, compile=compile)
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_golden_trajectories(case: str, compile: bool, lanes: int, golden: Golden, converted: Path) -> None:
+    arrays, losses = run_golden(case, golden, converted, compile=compile, lanes=lanes)
     golden.close("train", f"{case}/loss", losses)
     file = golden.arrays("train")
     compared = 0
@@ -108,12 +109,15 @@ def test_golden_gradients(golden: Golden, converted: Path) -> None:
     [
         {"accumulate": 2},
         {"grad_checkpoint": True},
+        {"lanes": 3},
+        {"lanes": 2, "accumulate": 2},
+        {"lanes": 2, "clip_grad": 1e9},
         pytest.param({"accumulate": 2, "compile": True}, marks=pytest.mark.slow),
         pytest.param({"grad_checkpoint": True, "compile": True}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
-def test_accumulation_and_checkpointing_change_rounding_only(
+def test_accumulation_checkpointing_and_lanes_change_rounding_only(
     options: dict[str, Any], golden: Golden, converted: Path
 ) -> None:
     plain, losses = run_golden("wd01", golden, converted)
@@ -193,11 +197,31 @@ def test_bfloat16_computes_in_it_but_keeps_float32_state() -> None:
 
 
 def test_clipping_bounds_the_gradient() -> None:
-    step, arrays = small_step(clip_grad=1e-3)
     images, labels, d = one_batch()
-    _, _, norm = step(arrays, images, labels, d, 1e-3, 1, (0.9, 0.9))
-    assert norm is not None
-    assert norm.item() > 1e-3
+    results = []
+    for count in (1, 2):
+        step, arrays = small_step(clip_grad=1e-3, lanes=count)
+        arrays, _, norm = step(arrays, images, labels, d, 1e-3, 1, (0.9, 0.9))
+        assert norm is not None
+        assert norm.item() > 1e-3
+        moment = sum(mx.square(m).sum().item() for m in arrays["m"].values()) ** 0.5  # (1 - beta1) of the gradient
+        assert moment == pytest.approx(1e-4, rel=1e-3)
+        results.append(norm.item())
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+def test_lanes_of_unequal_length_average_over_images() -> None:
+    results = []
+    for count, accumulate in ((1, 1), (2, 1), (3, 1), (2, 2)):
+        step, arrays = small_step(lanes=count, accumulate=accumulate)
+        images, labels, d = one_batch(b=5)
+        for i in range(3):
+            arrays, loss, _ = step(arrays, images, labels, d, 1e-3, i + 1, (0.9, 0.99))
+        results.append((loss.item(), arrays["model"]))
+    for loss, weights in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-5)
+        for k, w in results[0][1].items():
+            assert mx.abs(weights[k] - w).max().item() < 2e-5, k
 
 
 def test_dropout_acts_and_is_repeatable() -> None:

@@ -111,11 +111,13 @@ def _sampling_parts(
     at, later = mx.array([_T]), mx.array([_T + 0.02])
     hidden = {T: _normal((2 * batch, T, D)) for T in sorted(set(_tokens(model)))}
     m = _normal((2 * batch, 6 * D))
-    mx.eval(both, classes)
+    mx.eval(both, classes, hidden, m)
 
     def lanes(run: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
-        split = split_batch(lambda z, t, y: run(z))
-        split = mx.compile(split) if compiled else split
+        def alone(z: mx.array, t: mx.array, y: mx.array) -> mx.array:
+            return run(z)
+
+        split = split_batch(mx.compile(alone) if compiled else alone, [m, model.parameters()])
         return lambda z: split(z, at, mx.zeros((len(z),), dtype=mx.int32))
 
     def each_block(of: Callable[[Block, mx.array, int], mx.array]) -> Callable[[], list[mx.array]]:

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from .. import lanes
 from ..config import Config, ModelConfig, model_config
 from ..model import JiT
 from ..report import forward_flops
@@ -34,7 +35,8 @@ def measure_training(
     """
     config = Config(model_config(size, img_size=img_size))
     mx.reset_peak_memory()
-    ours = _mlx_step(config, batch, StepOptions(dtype=dtype, compile=compile, grad_checkpoint=grad_checkpoint))
+    options = StepOptions(dtype=dtype, compile=compile, grad_checkpoint=grad_checkpoint, lanes=lanes.count())
+    ours = _mlx_step(config, batch, options)
     runs: dict[str, Callable[[], None]] = {"mlx": ours}
     if peer and dtype == mx.float32 and importlib.util.find_spec("torch"):
         runs["torch"] = _torch_step(config.model, batch)
