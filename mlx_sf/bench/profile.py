@@ -234,7 +234,7 @@ def _training_parts(
         ("feed-forward", each_block(lambda b, T: with_gradients(b.mlp, lambda z: b.mlp(z, None), hidden[T]))),
         ("norms and modulation", each_block(lambda b, T: _norms_with_gradients(b, hidden[T], m, compiled))),
         ("head", with_gradients(linear, lambda z: model.unpatchify(linear(z)), hidden[max(hidden)][:, -N:])),
-        ("AdamW and two EMAs", lambda: step._finish(arrays, gradients, mx.array(0.0), scalars)[0]),
+        ("AdamW and two EMAs", lambda: step._finish(arrays, [gradients], mx.array([1.0]), mx.array(0.0), scalars)[0]),
     ]
     return whole, parts
 
