@@ -88,9 +88,9 @@ def test_every_stage() -> None:
         assert np.allclose(got[:, -1, -1, -1], want["last_channel_corner_end"], atol=1e-4), name
 
 
-def test_batching_and_streams_change_rounding_only() -> None:
+def test_batching_and_lanes_change_rounding_only() -> None:
     images = golden("inputs.npz")["setA"][:5]
-    alone = Inception(recipe_weights(), streams=1)
+    alone = Inception(recipe_weights(), count=1)
     one = np.concatenate([alone.features(images[i : i + 1], ["192"])["192"] for i in range(5)])
     together = recipe_network().features(images, ["192"])["192"]
     assert np.abs(one - together).max() < 1e-5
@@ -99,11 +99,12 @@ def test_batching_and_streams_change_rounding_only() -> None:
 @pytest.mark.parametrize(
     "geometry", sorted({(c.kernel, c.stride, c.pad) for c in CONVS.values() if c.kernel != (1, 1)})
 )
-def test_gpu_and_cpu_convolutions_agree(geometry: tuple) -> None:
+@pytest.mark.parametrize("channels", [5, 64])
+def test_gpu_and_cpu_convolutions_agree(geometry: tuple, channels: int) -> None:
     kernel, stride, pad = geometry
-    x = mx.random.normal((2, 13, 12, 5), key=mx.random.key(0))
-    w = mx.random.normal((7, *kernel, 5), key=mx.random.key(1))
-    a, b = conv2d(x, w, stride, pad), conv2d_patches(x, w, stride, pad)
+    x = mx.random.normal((2, 13, 12, channels), key=mx.random.key(0))
+    w = mx.random.normal((7, *kernel, channels), key=mx.random.key(1))
+    a, b = conv2d(x, w, stride, pad), conv2d_patches(x, w.reshape(7, -1).T, kernel, stride, pad)
     assert a.shape == b.shape
     assert mx.abs(a - b).max().item() < 1e-4
 
@@ -116,8 +117,7 @@ def test_average_pool_does_not_count_padding() -> None:
 @pytest.mark.slow
 def test_network_with_mlx_convolutions() -> None:
     """The way of a GPU: some 8 s an image on a CPU."""
-    network = Inception(recipe_weights())
-    network._conv = conv2d
+    network = Inception(recipe_weights(), patches=False)
     got = network.features(golden("inputs.npz")["img64"][:1])["2048"]
     want = golden("features.npz")["img64.2048"][:1]
     assert np.linalg.norm(got - want) / np.linalg.norm(want) < 5e-5

@@ -80,7 +80,7 @@ def measure_fid(
         plain, last = fidelity_extractor(weights), fidelity_extractor(weights, channels_last=True)
         ways |= {"torch_fidelity": lambda: plain(images), "torch_fidelity_channels_last": lambda: last(images)}
     best = _best_in_turn(ways, rounds)
-    result: dict[str, Any] = {"batch_size": batch_size, "streams": len(network._streams)}
+    result: dict[str, Any] = {"batch_size": batch_size, "lanes": network.lanes}
     result |= {f"{name}_images_per_second": batch_size / seconds for name, seconds in best.items()}
     if with_peer:
         result["speed_over_peer"] = best["torch_fidelity"] / best["mlx_sf"]

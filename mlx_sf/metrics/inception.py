@@ -6,20 +6,21 @@ last. Three rewritings change rounding only: batch norm is folded into the convo
 one input are a single product, and a 1x1 convolution runs before the average pool it follows (both are linear).
 """
 
-import contextlib
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
 
 import mlx.core as mx
 import numpy as np
 
+from .. import lanes
 from ..errors import MlxSfError
 from .inception_weights import CONVS, FC
 
 TAPS = {"64": 64, "192": 192, "768": 768, "2048": 2048, "logits_unbiased": 1008, "logits": 1008}
 SIDE = 299  # the network's input
-_CHUNK = {"gpu": 32, "cpu": 2}  # images that are in flight together on one stream
-_MAX_STREAMS = 8
+# images that are in flight together: on a CPU one per lane, whose largest buffers (25 MB) the allocator still recycles
+_CHUNK = {"gpu": 32, "cpu": 1}
+_MAX_LANES = 8
 
 Pool = Callable[[mx.array], mx.array]
 
@@ -68,18 +69,34 @@ def conv2d(x: mx.array, w: mx.array, stride: int, pad: tuple[int, int]) -> mx.ar
     return mx.conv2d(x, w, stride, pad)
 
 
-def conv2d_patches(x: mx.array, w: mx.array, stride: int, pad: tuple[int, int]) -> mx.array:
-    """The same by gathered patches and one matrix product: the way on a CPU, where a BLAS is much faster than
-    MLX's convolution."""
-    O, kh, kw, C = w.shape
+def conv2d_patches(x: mx.array, w: mx.array, kernel: tuple[int, int], stride: int, pad: tuple[int, int]) -> mx.array:
+    """The same by gathered patches and one product with w (kh kw C, O), contiguous: the way on a CPU, where a BLAS is
+    much faster than MLX's convolution."""
+    kh, kw = kernel
     if pad != (0, 0):
         x = mx.pad(x, [(0, 0), (pad[0], pad[0]), (pad[1], pad[1]), (0, 0)])
-    B, H, W, _ = x.shape
+    B, H, W, C = x.shape
     ho, wo = (H - kh) // stride + 1, (W - kw) // stride + 1
-    # kw pixels of C channels lie side by side in memory: copied in one run
-    strides = (H * W * C, stride * W * C, stride * C, W * C, 1)
-    patches = mx.as_strided(x, (B, ho, wo, kh, kw * C), strides).reshape(B * ho * wo, kh * kw * C)
-    return (patches @ w.reshape(O, -1).T).reshape(B, ho, wo, O)
+    if C < _LONG_RUN:
+        # kw pixels of C channels lie side by side in memory: copied in one run
+        strides = (H * W * C, stride * W * C, stride * C, W * C, 1)
+        patches = mx.as_strided(x, (B, ho, wo, kh, kw * C), strides)
+    else:
+        patches = mx.take(x.reshape(B * H * W, C), _pixels_of_patches(B, H, W, kernel, stride), axis=0)
+    return (patches.reshape(B * ho * wo, kh * kw * C) @ w).reshape(B, ho, wo, -1)
+
+
+_LONG_RUN = 64  # channels from which looking pixels up one by one, each a block copy, is the faster way to gather
+
+
+@cache
+def _pixels_of_patches(B: int, H: int, W: int, kernel: tuple[int, int], stride: int) -> mx.array:
+    """Numbers of the pixels of every patch, image by image and row by row: (B ho wo kh kw,)."""
+    rows, columns = (
+        np.arange(0, n - k + 1, stride)[:, None] + np.arange(k) for n, k in zip((H, W), kernel, strict=True)
+    )
+    images = np.arange(B)[:, None, None, None, None] * H * W
+    return mx.array((images + rows[:, None, :, None] * W + columns[:, None, :]).reshape(-1).astype(np.uint32))
 
 
 def max_pool(x: mx.array, stride: int, pad: int = 0) -> mx.array:
@@ -114,22 +131,25 @@ class Inception:
 
     Args:
         weights: the 472 float32 tensors in PyTorch's names and layout (`inception_weights.load_inception`).
-        streams: on a CPU, how many chunks of a batch run side by side, each with a BLAS of one thread; default one
-            per available core, at most 8. Memory is about 0.15 GB for each.
+        count: on a CPU, how many images are worked on side by side (`lanes`); default one per available core, at most
+            8. Memory is about 0.15 GB for each.
+        patches: whether convolutions are gathered patches times a matrix; default: on a CPU.
     """
 
-    def __init__(self, weights: Mapping[str, np.ndarray], streams: int | None = None) -> None:
+    def __init__(self, weights: Mapping[str, np.ndarray], count: int | None = None, patches: bool | None = None) -> None:
         self.kind = "gpu" if mx.default_device().type == mx.DeviceType.gpu else "cpu"
+        self.patches = self.kind == "cpu" if patches is None else patches
         self._params = {name: fold_batch_norm(weights, name) for name in CONVS}
         self._fc = mx.array(weights[FC + ".weight"].T), mx.array(weights[FC + ".bias"])
-        self._conv = conv2d if self.kind == "gpu" else conv2d_patches
         for block, names in _SIBLINGS.items():
             parts = [self._params.pop(f"{block}.{n}") for n in names]
             w = mx.concatenate([w.reshape(w.shape[0], -1) for w, _ in parts])
-            self._params[block] = w, mx.concatenate([b for _, b in parts])
-        device = mx.default_device()
-        n = (streams or min(_cores(), _MAX_STREAMS)) if self.kind == "cpu" else 1
-        self._streams = [mx.new_stream(device) for _ in range(n)] if n > 1 else [mx.default_stream(device)]
+            self._params[block] = mx.contiguous(w.T), mx.concatenate([b for _, b in parts])
+        for name, c in CONVS.items():
+            if name in self._params and (self.patches or c.kernel == (1, 1)):
+                w, b = self._params[name]
+                self._params[name] = mx.contiguous(w.reshape(c.out, -1).T), b  # a third faster than the transpose
+        self.lanes = min(count or lanes.count(), _MAX_LANES) if self.kind == "cpu" else 1
         mx.eval(self._params, self._fc)
 
     def features(self, images: np.ndarray, taps: Sequence[str] = ("2048",)) -> dict[str, np.ndarray]:
@@ -142,22 +162,15 @@ class Inception:
         unknown = [t for t in taps if t not in TAPS]
         if unknown:
             raise MlxSfError(f"inception: no features called {unknown[0]!r}, want one of {', '.join(TAPS)}")
-        size, S = self._chunk_size(len(images)), len(self._streams)
+        size, n = _CHUNK[self.kind], self.lanes
         chunks = [images[i : i + size] for i in range(0, len(images), size)]
         done: list[dict[str, mx.array]] = []
-        with _one_blas_thread(S > 1):
-            for i in range(0, len(chunks), S):
-                group = []
-                for chunk, stream in zip(chunks[i : i + S], self._streams, strict=False):
-                    with mx.stream(stream):
-                        group.append(self.forward(preprocess(chunk), taps))
-                mx.eval(group)  # evaluated together: the streams' work interleaves
-                done += group
+        for i in range(0, len(chunks), n):
+            done += lanes.run([partial(self._chunk, chunk, taps) for chunk in chunks[i : i + n]])
         return {t: np.concatenate([np.asarray(f[t]) for f in done]) for t in taps}
 
-    def _chunk_size(self, n: int) -> int:
-        # every stream gets its share of a small batch
-        return max(1, min(_CHUNK[self.kind], -(-n // len(self._streams))))
+    def _chunk(self, images: np.ndarray, taps: Sequence[str]) -> dict[str, mx.array]:
+        return self.forward(preprocess(images), taps)
 
     def forward(self, x: mx.array, taps: Sequence[str]) -> dict[str, mx.array]:
         """Lazy features of preprocessed images (B, 299, 299, 3); stops after the last tap that is wanted."""
@@ -203,7 +216,12 @@ class Inception:
     def _single(self, x: mx.array, name: str) -> mx.array:
         c = CONVS[name]
         w, b = self._params[name]
-        y = x @ w.reshape(c.out, c.into).T if c.kernel == (1, 1) else self._conv(x, w, c.stride, c.pad)
+        if c.kernel == (1, 1):
+            y = x @ w
+        elif self.patches:
+            y = conv2d_patches(x, w, c.kernel, c.stride, c.pad)
+        else:
+            y = conv2d(x, w, c.stride, c.pad)
         return mx.maximum(y + b, 0)
 
     def _branch(self, x: mx.array, block: str, *names: str) -> mx.array:
@@ -215,11 +233,11 @@ class Inception:
         """The block's 1x1 convolutions of its input, as one product."""
         w, b = self._params[block]
         ends = np.cumsum([CONVS[f"{block}.{n}"].out for n in _SIBLINGS[block]])[:-1].tolist()
-        return list(mx.split(mx.maximum(x @ w.T + b, 0), ends, axis=-1))
+        return list(mx.split(mx.maximum(x @ w + b, 0), ends, axis=-1))
 
     def _pooled(self, x: mx.array, block: str) -> mx.array:
         w, b = self._params[f"{block}.branch_pool"]
-        return mx.maximum(avg_pool(x @ w.reshape(w.shape[0], -1).T) + b, 0)
+        return mx.maximum(avg_pool(x @ w) + b, 0)
 
     def _block_a(self, x: mx.array, name: str) -> mx.array:
         a, b, c = self._siblings(x, name)
@@ -274,19 +292,3 @@ def fold_batch_norm(weights: Mapping[str, np.ndarray], name: str) -> tuple[mx.ar
     w = weights[f"{name}.conv.weight"].astype(np.float64) * scale[:, None, None, None]
     b = part["bias"] - part["running_mean"] * scale
     return mx.array(np.ascontiguousarray(w.transpose(0, 2, 3, 1), dtype=np.float32)), mx.array(b.astype(np.float32))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextlib.contextmanager
-def _one_blas_thread(wanted: bool) -> Iterator[None]:
-    """One BLAS thread while several streams call it at once: each stream is a thread of its own already."""
-    if not wanted:
-        yield
-        return
-    from threadpoolctl import threadpool_limits
-
-    with threadpool_limits(1):
-        yield
