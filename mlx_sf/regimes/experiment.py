@@ -21,6 +21,7 @@ def experiment(plan: Plan, folder: Path, limit: int | None = None, execute: Exec
     """Run what `folder`/results.jsonl lacks, at most `limit` runs. A killed run is done again from its start."""
     path = writable_folder(folder) / "results.jsonl"
     done = results.read(path, plan)
+    results.drop_unfinished_line(path)
     missing = [run for run in plan.runs() if run not in done][:limit]
     with Progress(len(missing), "regimes", "runs", every=60.0) as progress:
         for run in missing:
