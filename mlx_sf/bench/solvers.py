@@ -43,7 +43,7 @@ CASES: dict[str, tuple[str, float]] = {
 def random_network(pred_param: PredParam = "x", seed: int = 0, **changes: Any) -> tuple[JiT, Config]:
     """A small untrained network in which every parameter acts: what the usual start leaves at zero is random, too."""
     config = Config(
-        model_config("nano", 8, 32, num_classes=10, out_channels=6 if pred_param == "hybrid" else 3),
+        model_config("nano", 8, 32, depth=2, num_classes=10, out_channels=6 if pred_param == "hybrid" else 3),
         FlowConfig(pred_param=pred_param),
     ).replace(**changes)
     model = JiT(config.model, mx.random.key(seed))

@@ -21,6 +21,7 @@ def experiment(plan: Plan, folder: Path, limit: int | None = None, execute: Exec
     """Run what `folder`/results.jsonl lacks, at most `limit` runs. A killed run is done again from its start."""
     path = writable_folder(folder) / "results.jsonl"
     done = results.read(path, plan)
+    results.drop_unfinished_line(path)
     missing = [run for run in plan.runs() if run not in done][:limit]
     with Progress(len(missing), "regimes", "runs", every=60.0) as progress:
         for run in missing:
@@ -35,8 +36,8 @@ def experiment(plan: Plan, folder: Path, limit: int | None = None, execute: Exec
 
 
 def report(plan: Plan, folder: Path) -> list[Path]:
-    """Write table.md, table.csv, summary.png and times.png of the results in `folder`; returns their paths."""
-    from .figure import summary, times  # matplotlib is slow to import
+    """Write tables and figures of the results in `folder`; returns their paths."""
+    from .figure import pictures, summary, times  # matplotlib is slow to import
 
     path = folder / "results.jsonl"
     records = results.read(path, plan)
@@ -45,4 +46,7 @@ def report(plan: Plan, folder: Path) -> list[Path]:
     results.write_tables(records, plan, folder)
     summary(records, plan, folder / "summary.png")
     times(records, plan, folder / "times.png")
-    return [folder / name for name in ("table.md", "table.csv", "summary.png", "times.png")]
+    written = ["table.md", "table.csv", "summary.png", "times.png"]
+    if pictures(plan, folder / "samples", folder / "samples.png"):
+        written.append("samples.png")
+    return [folder / name for name in written]

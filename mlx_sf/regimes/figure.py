@@ -7,7 +7,7 @@ import numpy as np
 
 from ..files import replacing
 from .data import scenes
-from .plan import BASELINE, Plan
+from .plan import ARMS, BASELINE, Plan
 from .results import METRICS, Records, estimate, gain_per_time, gains
 
 # Okabe and Ito's colours: told apart with any colour vision; markers say the same a second time
@@ -137,3 +137,30 @@ def times(records: Records, plan: Plan, path: Path) -> None:
     figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
     _save(figure, path)
     plt.close(figure)
+
+
+def pictures(plan: Plan, folder: Path, path: Path, count: int = 10) -> bool:
+    """Samples of the coarsest patches from the same noise, one row an arm; False if the strips in `folder` are gone."""
+    patch, seed = max(plan.patches), plan.seeds[0]
+    names = {(r, a): folder / f"{r}-{patch}-{a}-{seed}.png" for r in plan.regimes for a in plan.arms}
+    if not all(name.exists() for name in names.values()):
+        return False
+    plt = _pyplot()
+    figure, grid = plt.subplots(
+        len(plan.arms),
+        len(plan.regimes),
+        figsize=(11, 2.0),
+        gridspec_kw={"wspace": 0.02, "hspace": 0.06},
+        squeeze=False,
+    )
+    for row, arm in zip(grid, plan.arms, strict=True):
+        for axes, regime in zip(row, plan.regimes, strict=True):
+            axes.imshow(plt.imread(names[regime, arm])[:, : count * plan.img_size])
+            axes.set(xticks=[], yticks=[], frame_on=False)
+            if arm == plan.arms[0]:
+                axes.set_title(f"{_MEANING[regime]}, patch {patch}", fontsize=9)
+        row[0].set_ylabel(ARMS[arm], rotation=0, ha="right", va="center", fontsize=8.5)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=160, bbox_inches="tight")
+    plt.close(figure)
+    return True

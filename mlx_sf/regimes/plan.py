@@ -76,12 +76,12 @@ class Plan:
                 f"regimes: {self.samples} samples, {self.reference} reference scenes: want 2 or more of both"
             )
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self, regime: str) -> dict[str, Any]:
         """What a result depends on besides its own run: results with other settings must not be mixed with it."""
         values = dataclasses.asdict(self)
         for part in ("patches", "regimes", "arms", "seeds"):
             del values[part]
-        return values
+        return {**values, "scenes": dataclasses.asdict(REGIMES[regime])}
 
     def runs(self) -> "Iterator[Run]":
         """All runs, seeds outermost and arms innermost, so that an experiment that was cut short is still balanced."""

@@ -27,7 +27,7 @@ METRICS = {
 
 
 def read(path: Path, plan: Plan) -> Records:
-    """Finished runs in a results file (none if it is missing). A last line that was cut off by a kill is dropped.
+    """Finished runs in a results file (none if it is missing). A last line that was cut off by a kill does not count.
 
     Raises `MlxSfError`, naming the line, for anything else that is not a result of this plan's settings.
     """
@@ -44,10 +44,16 @@ def read(path: Path, plan: Plan) -> Records:
         if run in found:
             raise MlxSfError(f"{path} line {number}: a second result of {run}: delete one of the two lines")
         found[run] = record
-    if lines[-1]:
-        with replacing(path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in lines[:-1]), encoding="utf-8")
     return found
+
+
+def drop_unfinished_line(path: Path) -> None:
+    """Remove what follows the last newline, if anything does, before more is appended."""
+    content = path.read_bytes() if path.exists() else b""
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        with replacing(path) as temporary:
+            temporary.write_bytes(whole)
 
 
 def _parse(line: str, where: str, plan: Plan) -> tuple[Run, Record]:
@@ -56,9 +62,9 @@ def _parse(line: str, where: str, plan: Plan) -> tuple[Run, Record]:
         data = json.loads(line)
         run, settings, record = data["run"], data["settings"], data["result"]
         run = Run(str(run["regime"]), int(run["patch"]), str(run["arm"]), int(run["seed"]))
+        wanted = plan.settings(run.regime)
     except (ValueError, KeyError, TypeError, RecursionError):
         raise MlxSfError(f"{where}: not a result of this program: {fix}") from None
-    wanted = plan.settings()
     for name in wanted:
         got = settings.get(name) if isinstance(settings, dict) else None
         if got != wanted[name]:
@@ -80,7 +86,7 @@ def _is_number(value: Any) -> bool:
 
 def append(path: Path, plan: Plan, run: Run, record: Record) -> None:
     """Add one finished run; it is on the disk when this returns."""
-    line = json.dumps({"run": asdict(run), "settings": plan.settings(), "result": record})
+    line = json.dumps({"run": asdict(run), "settings": plan.settings(run.regime), "result": record})
     try:
         with open(path, "a", encoding="utf-8") as f:
             f.write(line + "\n")
