@@ -158,7 +158,9 @@ class Meter:
             raise MlxSfError(f"spectrum: images are {tuple(x.shape)}, want {want}")
         B, S, n = x.shape[0], self.img_size // self.n, self.n
         x = x.reshape(B, 3, S, n, S, n).transpose(0, 2, 4, 1, 3, 5).reshape(B, S * S, 3, n, n)
-        return np.array(self._transform(x))
+        # on the CPU: a GPU's reduced precision (TF32) would spill the mean brightness over every band
+        with mx.stream(mx.cpu):
+            return np.array(self._transform(x))
 
     def _put(self, means: np.ndarray) -> None:
         if self._sizes and self._sizes[-1] < self._per_group:

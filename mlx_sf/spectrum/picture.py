@@ -161,7 +161,9 @@ def plot_schedules(path: Path, tables: Mapping[str, Sequence[Row]], flow: FlowCo
     panels[1].set_yscale("symlog", linthresh=0.1)
     panels[1].set_ylim(0, 100)
     panels[1].set_yticks([0, 0.1, 1, 10, 100], ["0", "0.1", "1", "10", "100"])
-    panels[0].legend(fontsize=9, title="schedule (grey: where training spends its time)", title_fontsize=8)
+    handles, names = panels[0].get_legend_handles_labels()
+    title = "schedule (grey hill: where training spends its time)"
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), title=title, fontsize=9)
     _save(figure, path)
 
 
