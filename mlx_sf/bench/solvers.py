@@ -108,7 +108,7 @@ def plot_solvers(path: Path, result: Mapping[str, Sequence[Mapping[str, Any]]]) 
     """A panel per case: distance over evaluations per image, both logarithmic. PNG."""
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
 
-    columns = min(3, len(result))
+    columns = 2 if len(result) == 4 else min(3, len(result))
     rows = -(-len(result) // columns)
     figure = Figure(figsize=(3.7 * columns, 3.1 * rows + 0.5), layout="constrained")
     panels = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).reshape(-1)
