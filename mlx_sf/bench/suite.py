@@ -78,7 +78,14 @@ def _forcing(r: Record) -> list[str]:
     times, shared = (f"{1000 * r[f'forcing_{k}_seconds']:.1f} ms" for k in ("per_image", "shared"))
     of = " and ".join(f"{r[f'share_of_forward_{k}']:.2%}" for k in ("per_image", "shared"))
     share = f"{r['share_of_product_rate']:.0%}"
-    return [f"forcing, {r['what']}: a time per image, shared", f"{times}, {shared}: {of} of a forward", "", "", share, ""]
+    return [
+        f"forcing, {r['what']}: a time per image, shared",
+        f"{times}, {shared}: {of} of a forward",
+        "",
+        "",
+        share,
+        "",
+    ]
 
 
 def _fid(r: Record) -> list[str]:
