@@ -2,7 +2,7 @@
 
 A sampling process loads a checkpoint file of made-up weights, as `mlx-sf sample` does, and draws one batch with
 guidance. A training process takes three steps as `mlx-sf train` does; figures are those of the steps after the first,
-when weights, two EMAs, two moments and gradients all exist and nothing else does.
+when weights, two EMAs, two moments and gradients all exist and nothing else does; in one lane, as on a GPU.
 """
 
 import contextlib
