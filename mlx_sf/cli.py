@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from . import __version__
+from . import __version__, _malloc
 from .errors import MlxSfError
 
 # name -> one-line help, shown without importing the command (imports of MLX take a while)
@@ -56,6 +56,7 @@ def cli(debug: bool) -> None:
 
 def main(argv: list[str] | None = None) -> Any:
     """Entry point: every expected failure becomes one line on stderr and a non-zero exit status."""
+    _malloc.keep_freed_memory()
     arguments = sys.argv[1:] if argv is None else argv
     debug = "--debug" in arguments
     try:

@@ -53,11 +53,6 @@ def run(tasks: list[Task]) -> list[Any]:
         _blas.set_threads(cores())
 
 
-def all_threads_for_products() -> None:
-    """Let single matrix products use every core."""
-    _blas.set_threads(cores())
-
-
 def _evaluated(task: list[Task]) -> Any:
     with _tracing:
         result = task.pop()()

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_sf.bench import forcing, solvers
+from mlx_sf.bench import forcing, rates, solvers, suite
 from mlx_sf.bench.profile import profile_step
 from mlx_sf.bench.sampling import measure_sampling
 from mlx_sf.config import model_config
@@ -66,3 +66,40 @@ def test_the_forms_of_the_forcing_are_one_operator(cli):
     assert status == 0
     assert result["share_of_forward_shared"] == result["forcing_shared_seconds"] / result["forward_seconds"]
     assert "share of forward per image" in cli("bench", "forcing", "--size", "nano/8", "--img-size", 32)[1]
+
+
+def test_a_suite_leaves_a_record_and_a_table(tmp_path, cli, monkeypatch):
+    small = ["--size", "nano/8", "--img-size", "16", "--no-peer"]
+    monkeypatch.setitem(suite.PARTS, "forward", ["forward", *small])
+    monkeypatch.setitem(suite.PARTS, "sample", ["sample", *small, "--rounds", "1"])
+    monkeypatch.setitem(suite.PARTS, "convert", ["convert", "--size", "unheard-of"])
+    status, out, err = cli("bench", "--suite", "forward,sample,convert", "-o", tmp_path / "b")
+    assert status == 1
+    assert "not measured: convert (ended with status 1)" in err
+    records = json.loads((tmp_path / "b" / "bench.json").read_text())
+    assert records["forward"]["mlx_seconds"] > 0
+    assert "BLAS" in records["forward"]["machine"]["device"] or "GPU" in records["forward"]["machine"]["device"]
+    assert records["sample"]["command"].startswith("mlx-sf bench sample --size nano/8")
+    table = (tmp_path / "b" / "table.md").read_text()
+    assert table in out
+    assert len([line for line in table.splitlines() if line.startswith("|")]) == 4
+    status, _, err = cli("bench", "--suite", "forward,everything")
+    assert status == 1
+    assert "--suite has 'everything', want some of forward, sample" in err
+
+
+def test_rows_of_the_table():
+    r = {"what": "w", "mlx_seconds": 2.0, "mlx_spread": "1 to 3 s", "torch_seconds": 3.0, "torch_spread": "3 to 3 s"}
+    r |= {"torch_over_mlx": 1.5, "share_of_product_rate": 0.5, "mlx_peak_bytes": 10**9}
+    fid = {"mlx_sf_images_per_second": 8.0, "mlx_sf_spread": "7 to 9 images/s", "network_peak_bytes": 2 * 10**9}
+    *_, first, second = suite.table({"forward": r, "train": {"error": "no"}, "fid": fid})
+    assert first == "| w | 2.00 s (1 to 3 s) | 3.00 s (3 to 3 s) | 1.50 | 50% | 1.00 GB |"
+    assert second == "| FID features, 256 x 256 pictures | 8.0 images/s (7 to 9 images/s) |  |  |  | 2.00 GB |"
+
+
+def test_runs_take_turns():
+    order = []
+    taken = rates.alternate({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2)
+    assert "".join(order) == "ababab"
+    assert [len(seconds) for seconds in taken.values()] == [2, 2]
+    assert rates.timing("mlx", [3.0, 1.0, 2.0]) == {"mlx_seconds": 2.0, "mlx_spread": "1 to 3 s"}

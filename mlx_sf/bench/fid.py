@@ -6,10 +6,10 @@ Weights are random: speed does not depend on them, and none need be downloaded.
 import importlib.util
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +18,7 @@ import numpy as np
 from ..metrics.frechet import Gaussian, frechet_distance
 from ..metrics.inception import Inception
 from ..metrics.inception_weights import inception_shapes
+from .rates import Runs, alternate
 
 # run in the child: features of many images through the running statistics, and the distance, without the network
 _CHILD = """
@@ -63,14 +64,14 @@ def measure_fid(
 ) -> dict[str, Any]:
     """Images a second, seconds of a 2048-d distance of full rank, memory of `count` images; ratios above 1: faster.
 
-    Both networks see the same batch, in turn, `rounds` times; the best of each counts. torch-fidelity runs with as
+    Both networks see the same batch, in turn, `rounds` times; medians count. torch-fidelity runs with as
     many threads as there are cores, once as it is and once with its network in channels-last memory, its fastest.
     """
     weights = random_inception()
     images = np.random.default_rng(1).integers(0, 256, (batch_size, img_size, img_size, 3), dtype=np.uint8)
     network = Inception(weights)
     mx.reset_peak_memory()
-    ways: dict[str, Callable[[], object]] = {
+    ways: Runs = {
         "mlx_sf": lambda: network.features(images, ["2048", "logits_unbiased"]),
     }
     with_peer = peer and all(importlib.util.find_spec(m) for m in ("torch", "torch_fidelity"))
@@ -79,25 +80,20 @@ def measure_fid(
 
         plain, last = fidelity_extractor(weights), fidelity_extractor(weights, channels_last=True)
         ways |= {"torch_fidelity": lambda: plain(images), "torch_fidelity_channels_last": lambda: last(images)}
-    best = _best_in_turn(ways, rounds)
+    taken = alternate(ways, rounds)
+    median = {name: statistics.median(seconds) for name, seconds in taken.items()}
     result: dict[str, Any] = {"batch_size": batch_size, "lanes": network.lanes}
-    result |= {f"{name}_images_per_second": batch_size / seconds for name, seconds in best.items()}
+    result |= {f"{name}_images_per_second": batch_size / seconds for name, seconds in median.items()}
+    result |= {
+        f"{name}_spread": f"{batch_size / max(s):.2f} to {batch_size / min(s):.2f} images/s"
+        for name, s in taken.items()
+    }
     if with_peer:
-        result["speed_over_peer"] = best["torch_fidelity"] / best["mlx_sf"]
-        result["speed_over_peer_channels_last"] = best["torch_fidelity_channels_last"] / best["mlx_sf"]
+        result["speed_over_peer"] = median["torch_fidelity"] / median["mlx_sf"]
+        result["speed_over_peer_channels_last"] = median["torch_fidelity_channels_last"] / median["mlx_sf"]
     result["network_peak_bytes"] = mx.get_peak_memory()
     result |= _distance(with_peer)
     return result | _memory(count)
-
-
-def _best_in_turn(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    best = dict.fromkeys(ways, float("inf"))
-    for _ in range(rounds + 1):  # the first round warms up; a shared machine's slow minutes hit all alike
-        for name, run in ways.items():
-            start = time.perf_counter()
-            run()
-            best[name] = min(best[name], time.perf_counter() - start)
-    return best
 
 
 def _distance(peer: bool) -> dict[str, float]:

@@ -6,7 +6,6 @@ a sigmoid of every coefficient, as published code has it), and one with half the
 
 import dataclasses
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +19,7 @@ from ..model import JiT, cast_products
 from ..report import forward_flops
 from ..sample import seeded_noise
 from ..spectral import SpectralForcing, dct2, dct_matrix, idct2, radial_frequency, radial_mask
-from .rates import product_rate
+from .rates import Runs, alternate, product_rate
 
 Filter = Callable[[mx.array, mx.array], mx.array]  # images (B, 3, H, H) and times (B,) or (1,) -> images
 
@@ -85,14 +84,14 @@ def measure_forcing(size: str, img_size: int, batch: int, dtype: mx.Dtype, round
         forms["even_odd"] = even_odd(img_size)
 
     def runner(network: Callable[..., mx.array], t: mx.array) -> Callable[[], None]:
-        run = mx.compile(split_batch(network)) if compile_by_default() else split_batch(network)
+        run = mx.compile(network) if compile_by_default() else split_batch(network)
         return lambda: mx.eval(run(x, t, y))
 
-    runs = {"forward": runner(model, times["per_image"])}
+    runs: Runs = {"forward": runner(model, times["per_image"])}
     for form, f in forms.items():
         for kind, t in times.items():
             runs[f"{form}_{kind}"] = runner(lambda z, t, y, f=f: f(z, t), t)
-    taken = _alternate(runs, rounds)
+    taken = alternate(runs, rounds)
     forward, flops = statistics.median(taken["forward"]), operator_flops(config) * batch
     rate = product_rate(mx.float32)
     return {
@@ -107,15 +106,3 @@ def measure_forcing(size: str, img_size: int, batch: int, dtype: mx.Dtype, round
         "share_of_product_rate": flops / statistics.median(taken["forcing_shared"]) / rate,
         "fastest_and_slowest": {name: [min(v), max(v)] for name, v in taken.items()},
     }
-
-
-def _alternate(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each, `rounds` times in turn after a warm-up: slow minutes of a machine fall on all alike."""
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(rounds + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if i:
-                taken[name].append(time.perf_counter() - start)
-    return taken

@@ -1,6 +1,5 @@
 """One forward pass, against PyTorch in the same process and the machine's product rate."""
 
-import importlib.util
 from typing import Any
 
 import mlx.core as mx
@@ -8,48 +7,59 @@ import numpy as np
 
 from ..config import ModelConfig, model_config
 from ..device import compile_by_default
-from ..lanes import split_batch
+from ..lanes import cores, split_batch
 from ..model import JiT, cast_products
 from ..report import forward_flops
 from ..sample import seeded_noise
-from .rates import best_seconds, product_rate
+from .peer import Peer, find_peer
+from .rates import Runs, alternate, product_rate, timing
 
 
-def measure_forward(size: str, img_size: int, batch: int, dtype: mx.Dtype, peer: bool = True) -> dict[str, Any]:
-    """Seconds of a forward pass in MLX and, where torch is installed and wanted, in PyTorch (best settings of both)."""
+def measure_forward(
+    size: str, img_size: int, batch: int, dtype: mx.Dtype, peer: bool = True, rounds: int = 7
+) -> dict[str, Any]:
+    """Seconds of a forward pass (medians) in MLX and, where torch is installed and wanted, in PyTorch, by turns."""
     config = model_config(size, img_size=img_size)
     model = JiT(config)
     model.update(cast_products(model.parameters(), dtype))
     x, t, y = seeded_noise(range(batch), img_size), mx.full((batch,), 0.5), mx.zeros((batch,), dtype=mx.int32)
     mx.eval(model.parameters(), x, t, y)
-    network = split_batch(model)
-    run = mx.compile(network) if compile_by_default() else network
+    network = mx.compile(model) if compile_by_default() else split_batch(model)
+    runs: Runs = {"mlx": lambda: mx.eval(network(x, t, y))}
+    other = find_peer(dtype, peer)
+    if other:
+        runs["torch"] = _torch_forward(config, batch, other)
     mx.reset_peak_memory()
-    seconds = best_seconds(lambda: mx.eval(run(x, t, y)))
-    flops = forward_flops(config) * batch
-    rate = product_rate(dtype)
+    taken = alternate(runs, rounds)
+    flops, rate, mlx = forward_flops(config) * batch, product_rate(dtype), timing("mlx", taken["mlx"])
     result: dict[str, Any] = {
-        "what": f"{size} at {img_size}, batch {batch}, {str(dtype).removeprefix('mlx.core.')}",
-        "mlx_seconds": seconds,
+        "what": f"forward pass, {size} at {img_size}, batch {batch}, {str(dtype).removeprefix('mlx.core.')}",
+        "mlx_threads": cores(),
+        **mlx,
         "mlx_peak_bytes": mx.get_peak_memory(),
         "flops": flops,
         "product_rate": rate,
-        "share_of_product_rate": flops / seconds / rate,
+        "share_of_product_rate": flops / mlx["mlx_seconds"] / rate,
     }
-    if peer and dtype == mx.float32 and importlib.util.find_spec("torch"):
-        result |= _torch_forward(config, batch)
-        result["torch_over_mlx"] = result["torch_seconds"] / seconds
+    if other:
+        result |= timing("torch", taken["torch"]) | other.described
+        result["torch_over_mlx"] = result["torch_seconds"] / result["mlx_seconds"]
     return result
 
 
-def _torch_forward(config: ModelConfig, batch: int) -> dict[str, Any]:
+def _torch_forward(config: ModelConfig, batch: int, peer: Peer) -> Any:
     import torch
 
     from ..peer_torch import TorchJiT
 
-    network = TorchJiT(config).eval()
-    x = torch.from_numpy(np.asarray(seeded_noise(range(batch), config.img_size)))
-    t, y = torch.full((batch,), 0.5), torch.zeros(batch, dtype=torch.long)
-    with torch.inference_mode():
-        seconds = best_seconds(lambda: network(x, t, y))
-    return {"torch_seconds": seconds, "torch_threads": torch.get_num_threads(), "torch": torch.__version__}
+    network = peer.network(TorchJiT(config).eval())
+    x = torch.from_numpy(np.array(seeded_noise(range(batch), config.img_size))).to(peer.device)
+    t = torch.full((batch,), 0.5, device=peer.device)
+    y = torch.zeros(batch, dtype=torch.long, device=peer.device)
+
+    def run() -> None:
+        with torch.inference_mode(), peer.autocast():
+            network(x, t, y)
+        peer.synchronize()
+
+    return run

@@ -1,7 +1,5 @@
 """Whole guided samples against the published loop in PyTorch, in one process, by turns."""
 
-import importlib.util
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +11,10 @@ from ..device import compile_by_default
 from ..generate import ahead
 from ..lanes import cores
 from ..model import JiT, cast_products
+from ..report import forward_flops
 from ..sample import Sampler, evaluations, seeded_noise
+from .peer import Peer, find_peer
+from .rates import Runs, alternate, product_rate, timing
 
 
 def measure_sampling(
@@ -48,53 +49,48 @@ def measure_sampling(
         for _ in ahead(sampler.states(noise, labels)):
             pass
 
-    runs: dict[str, Callable[[], None]] = {"mlx": ours}
-    if peer and dtype == mx.float32 and importlib.util.find_spec("torch"):
-        runs["torch"] = _published_loop(config, batch)
+    runs: Runs = {"mlx": ours}
+    other = find_peer(dtype, peer)
+    if other:
+        runs["torch"] = _published_loop(config, batch, other)
     mx.reset_peak_memory()
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(rounds + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if i:
-                seconds[name].append(time.perf_counter() - start)
-    name = str(dtype).removeprefix("mlx.core.")
+    taken = alternate(runs, rounds)
+    count, rate, mlx = evaluations(sample), product_rate(dtype), timing("mlx", taken["mlx"])
+    flops = batch * count * forward_flops(config.model)
     result: dict[str, Any] = {
-        "what": f"{size} at {img_size}, {batch} images, {steps} {method} steps, cfg {cfg}, {name}",
+        "what": f"{size} at {img_size}, {batch} images, {steps} {method} steps, cfg {cfg}, {_name(dtype)}",
         "mlx_threads": cores(),
-        "mlx_evaluations": evaluations(sample),
-        **_statistics("mlx", seconds["mlx"]),
-        "mlx_seconds_per_image": float(np.median(seconds["mlx"])) / batch,
+        "mlx_evaluations": count,
+        **mlx,
+        "mlx_seconds_per_image": mlx["mlx_seconds"] / batch,
         "mlx_peak_bytes": mx.get_peak_memory(),
+        "flops": flops,
+        "product_rate": rate,
+        "share_of_product_rate": flops / mlx["mlx_seconds"] / rate,
     }
-    if "torch" in seconds:
-        import torch
-
-        result |= {"torch_evaluations": 2 * (2 * steps - 1), **_statistics("torch", seconds["torch"])}
-        result |= {"torch_threads": torch.get_num_threads(), "torch": torch.__version__}
+    if other:
+        result |= {"torch_evaluations": 2 * (2 * steps - 1), **timing("torch", taken["torch"]), **other.described}
         result["torch_over_mlx"] = result["torch_seconds"] / result["mlx_seconds"]
     return result
 
 
-def _statistics(name: str, seconds: list[float]) -> dict[str, Any]:
-    low, high = min(seconds), max(seconds)
-    return {f"{name}_seconds": float(np.median(seconds)), f"{name}_spread": f"{low:.2f} to {high:.2f}"}
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")
 
 
-def _published_loop(config: Config, batch: int) -> Callable[[], None]:
+def _published_loop(config: Config, batch: int, peer: Peer) -> Callable[[], None]:
     import torch
 
     from ..peer_torch import TorchJiT, torch_sample
 
-    torch.set_num_threads(cores())
-    network = TorchJiT(config.model).eval()
+    network = peer.network(TorchJiT(config.model).eval())
     config = config.replace(method="heun")
-    noise = torch.from_numpy(np.array(seeded_noise(range(batch), config.model.img_size)))
-    labels = torch.arange(batch) % config.model.num_classes
+    noise = torch.from_numpy(np.array(seeded_noise(range(batch), config.model.img_size))).to(peer.device)
+    labels = torch.arange(batch, device=peer.device) % config.model.num_classes
 
     def run() -> None:
-        with torch.inference_mode():
+        with torch.inference_mode(), peer.autocast():
             torch_sample(network, config, noise, labels)
+        peer.synchronize()
 
     return run

@@ -1,7 +1,5 @@
 """A whole training step — forward, backward, AdamW, two EMAs — against the same in PyTorch, in one process."""
 
-import importlib.util
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +11,8 @@ from ..config import Config, ModelConfig, model_config
 from ..model import JiT
 from ..report import forward_flops
 from ..train import StepOptions, TrainStep, draws, initial_arrays, trainable
-from .rates import product_rate
+from .peer import Peer, find_peer
+from .rates import Runs, alternate, product_rate, timing
 
 EMA_DECAYS = (0.9999, 0.9996)
 LR = 1e-4
@@ -29,41 +28,36 @@ def measure_training(
     steps: int = 3,
     peer: bool = True,
 ) -> dict[str, Any]:
-    """Seconds of a step in MLX and, where torch is installed and wanted, in PyTorch; the shortest of `steps`.
+    """Seconds of a step (medians) in MLX and, where torch is installed and wanted, in PyTorch, by turns.
 
-    The runs take turns, so that both see the same machine. FLOPs count three forward passes' products.
+    FLOPs count three forward passes' products.
     """
     config = Config(model_config(size, img_size=img_size))
-    mx.reset_peak_memory()
     options = StepOptions(dtype=dtype, compile=compile, grad_checkpoint=grad_checkpoint, lanes=lanes.count())
-    ours = _mlx_step(config, batch, options)
-    runs: dict[str, Callable[[], None]] = {"mlx": ours}
-    if peer and dtype == mx.float32 and importlib.util.find_spec("torch"):
-        runs["torch"] = _torch_step(config.model, batch)
-    seconds = {name: float("inf") for name in runs}
-    for i in range(steps + 1):  # the first of each is for warming up
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if i:
-                seconds[name] = min(seconds[name], time.perf_counter() - start)
-    flops, rate = 3 * batch * forward_flops(config.model), product_rate(dtype)
+    runs: Runs = {"mlx": _mlx_step(config, batch, options)}
+    other = find_peer(dtype, peer)
+    if other:
+        runs["torch"] = _torch_step(config.model, batch, other)
+    for run in runs.values():
+        run()  # also lets go of the initial weights, which the first step still holds
+    mx.reset_peak_memory()
+    taken = alternate(runs, steps)
+    flops, rate, mlx = 3 * batch * forward_flops(config.model), product_rate(dtype), timing("mlx", taken["mlx"])
     name = str(dtype).removeprefix("mlx.core.")
     result: dict[str, Any] = {
         "what": f"training step, {size} at {img_size}, batch {batch}, {name}, {'compiled' if compile else 'eager'}"
         + (", gradient checkpointing" if grad_checkpoint else ""),
-        "mlx_seconds": seconds["mlx"],
-        "images_per_second": batch / seconds["mlx"],
+        "mlx_threads": lanes.cores(),
+        **mlx,
+        "images_per_second": batch / mlx["mlx_seconds"],
         "mlx_peak_bytes": mx.get_peak_memory(),
         "flops": flops,
         "product_rate": rate,
-        "share_of_product_rate": flops / seconds["mlx"] / rate,
+        "share_of_product_rate": flops / mlx["mlx_seconds"] / rate,
     }
-    if "torch" in seconds:
-        import torch
-
-        result |= {"torch_seconds": seconds["torch"], "torch_threads": torch.get_num_threads()}
-        result |= {"torch": torch.__version__, "torch_over_mlx": seconds["torch"] / seconds["mlx"]}
+    if other:
+        result |= timing("torch", taken["torch"]) | other.described
+        result["torch_over_mlx"] = result["torch_seconds"] / result["mlx_seconds"]
     return result
 
 
@@ -90,29 +84,32 @@ def _mlx_step(config: Config, batch: int, options: StepOptions) -> Callable[[], 
     return run
 
 
-def _torch_step(config: ModelConfig, batch: int) -> Callable[[], None]:
+def _torch_step(config: ModelConfig, batch: int, peer: Peer) -> Callable[[], None]:
     """The published trainer's step: AdamW in its fused form, EMAs with multi-tensor operations."""
     import torch
 
     from ..peer_torch import TorchJiT
 
-    network = TorchJiT(config)
-    parameters = [p for p in network.parameters() if p.requires_grad]
+    bare = TorchJiT(config).to(peer.device)
+    network = peer.network(bare)
+    parameters = [p for p in bare.parameters() if p.requires_grad]
     groups = [{"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
     groups.append({"params": [p for p in parameters if p.ndim >= 2]})
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     emas = [[p.detach().clone() for p in parameters] for _ in EMA_DECAYS]
     pictures, classes = _batch(config, batch)
-    images, labels = torch.from_numpy(pictures), torch.from_numpy(classes)
+    images, labels = torch.from_numpy(pictures).to(peer.device), torch.from_numpy(classes).to(peer.device)
 
     def run() -> None:
         x = (images.permute(0, 3, 1, 2).float() / 255) * 2 - 1
-        y = torch.where(torch.rand(batch) < 0.1, config.null_class, labels)
-        t = torch.sigmoid(-0.8 + 0.8 * torch.randn(batch))
+        y = torch.where(torch.rand(batch, device=peer.device) < 0.1, config.null_class, labels)
+        t = torch.sigmoid(-0.8 + 0.8 * torch.randn(batch, device=peer.device))
         time_ = t.view(-1, 1, 1, 1)
         z = time_ * x + (1 - time_) * torch.randn_like(x)
         rest = (1 - time_).clamp_min(0.05)
-        loss = (((x - z) - (network(z, t, y) - z)) / rest).square().mean()
+        with peer.autocast():
+            guess = network(z, t, y)
+        loss = (((x - z) - (guess.float() - z)) / rest).square().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

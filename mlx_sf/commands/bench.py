@@ -10,14 +10,42 @@ import click
 from ..config import Method
 from ..device import DTYPES, describe, limit_cache, pick_dtype
 from ..errors import MlxSfError
-from ..files import check_writable, replacing
+from ..files import check_writable, replacing, writable_folder
 from ..progress import Progress
 
 
-@click.group(short_help="Measure speed and memory on this machine.")
-def command() -> None:
-    """Measure speed and memory on this machine: ratios against a peer in the same run, where one is installed."""
+@click.group(short_help="Measure speed and memory on this machine.", invoke_without_command=True)
+@click.option("--suite", help="Parts with commas, or all. [default: all that takes minutes, not hours]")
+@click.option("--output", "-o", default="bench", show_default=True, help="Folder of the suite's results.")
+@click.pass_context
+def command(context: click.Context, suite: str | None, output: str) -> None:
+    """Measure speed and memory on this machine: ratios against a peer in the same run, where one is installed.
+
+    Without a command the whole suite runs, each part in a process of its own: OUTPUT/bench.json, OUTPUT/table.md.
+    """
     limit_cache()
+    if context.invoked_subcommand is not None:
+        return
+    from ..bench.suite import DEFAULT, chosen, run_suite, table
+
+    names = chosen(suite) if suite else list(DEFAULT)
+    folder = Path(output)
+    writable_folder(folder)
+    records = {}
+    with Progress(len(names), "measuring", "parts") as bar:
+        for name, record in run_suite(names, folder):
+            records[name] = record
+            bar.note(name)
+            bar.update()
+    lines = [f"{describe()['device']}, mlx {describe()['mlx']}", "", *table(records)]
+    with replacing(folder / "table.md") as temporary:
+        temporary.write_text("\n".join(lines) + "\n")
+    for line in lines:
+        click.echo(line)
+    click.echo(f"all figures: {folder / 'bench.json'}")
+    failed = [f"{name} ({r['error']})" for name, r in records.items() if "error" in r]
+    if failed:
+        raise MlxSfError(f"not measured: {', '.join(failed)}")
 
 
 def show(result: dict[str, Any], as_json: bool) -> None:
@@ -94,7 +122,8 @@ def sample(
     "--output", "-o", default="solvers.png", show_default=True, help="The figure; NAME.json holds the numbers."
 )
 @click.option("--images", type=click.IntRange(1), default=2, show_default=True, help="Images of each case.")
-def solvers(output: str, images: int) -> None:
+@_json
+def solvers(output: str, images: int, as_json: bool) -> None:
     """Distance of each solver's pictures to those of 1,000 Heun steps, over network evaluations: a figure, a table."""
     from ..bench.solvers import measure_solvers, plot_solvers, solver_lines
 
@@ -105,6 +134,9 @@ def solvers(output: str, images: int) -> None:
     plot_solvers(path, result)
     with replacing(path.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(result, indent=1))
+    if as_json:
+        show(result, True)
+        return
     for line in solver_lines(result):
         click.echo(line)
     click.echo(f"figure: {path}")
@@ -165,7 +197,7 @@ def profile(
 @_dtype
 @click.option("--compile/--no-compile", "compiled", default=True, show_default=True)
 @click.option("--grad-checkpoint", is_flag=True, help="Recompute the blocks in the backward pass.")
-@click.option("--steps", type=click.IntRange(1), default=3, show_default=True, help="Timed steps; the best counts.")
+@click.option("--steps", type=click.IntRange(1), default=3, show_default=True, help="Timed steps; medians count.")
 @click.option("--peer/--no-peer", default=True, help="Also time PyTorch, where it is installed.")
 @_json
 def train(
@@ -293,7 +325,7 @@ def _numbers(text: str) -> list[int]:
 
 @command.command()
 @click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Timed batches; the best counts.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Timed batches; medians count.")
 @click.option("--img-size", type=int, default=256, show_default=True)
 @click.option("--num-images", "-n", type=int, default=50_000, show_default=True, help="Of the memory measurement.")
 @click.option("--peer/--no-peer", default=True, help="Also time torch-fidelity, where it is installed.")

@@ -136,7 +136,9 @@ class Inception:
         patches: whether convolutions are gathered patches times a matrix; default: on a CPU.
     """
 
-    def __init__(self, weights: Mapping[str, np.ndarray], count: int | None = None, patches: bool | None = None) -> None:
+    def __init__(
+        self, weights: Mapping[str, np.ndarray], count: int | None = None, patches: bool | None = None
+    ) -> None:
         self.kind = "gpu" if mx.default_device().type == mx.DeviceType.gpu else "cpu"
         self.patches = self.kind == "cpu" if patches is None else patches
         self._params = {name: fold_batch_norm(weights, name) for name in CONVS}
