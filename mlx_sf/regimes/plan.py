@@ -44,11 +44,11 @@ class Plan:
     depth: int = 3
     num_heads: int = 2
     bottleneck_dim: int = 32
-    steps: int = 500
+    steps: int = 250
     batch_size: int = 16
     lr: float = 4e-3
-    warmup: int = 50
-    ema: float = 0.99
+    warmup: int = 25
+    ema: float = 0.98
     pool: int = 2000
     held_out: int = 128
     bins: int = 10
