@@ -90,7 +90,12 @@ def bound(model: JiT, weights: Weights) -> Iterator[JiT]:
     try:
         yield model
     finally:
-        model.update(tree_unflatten([(k, mx.array(0.0)) for k in weights]))
+        release(model, weights)
+
+
+def release(model: JiT, weights: Weights) -> None:
+    """Let the network hold none of these weights any more."""
+    model.update(tree_unflatten([(k, mx.array(0.0)) for k in weights]))
 
 
 def pixels(images: mx.array) -> mx.array:
@@ -108,7 +113,7 @@ class TrainStep:
 
     def __init__(self, model: JiT, flow: FlowConfig, options: StepOptions) -> None:
         self.model, self.flow, self.options = model, flow, options
-        self._value_and_grad = mx.value_and_grad(self._loss)
+        self._differentiated = mx.value_and_grad(self._loss)
         wrap: Callable[[Any], Any] = mx.compile if options.compile else lambda f: f
         self._gradient, self._micro = wrap(self._value_and_grad), wrap(self._accumulate)
         self._whole, self._finish = wrap(self._step), wrap(self._apply)
@@ -134,6 +139,14 @@ class TrainStep:
         mx.eval(arrays, batch)
         [(loss, gradients)] = self._gradients(arrays["model"], batch, d.dropout, [slice(0, len(images))])
         return self._finish(arrays, [gradients], mx.array([1.0]), loss, scalars)
+
+    def _value_and_grad(
+        self, weights: Weights, batch: list[mx.array], dropout: mx.array | None
+    ) -> tuple[mx.array, Weights]:
+        result: tuple[mx.array, Weights] = self._differentiated(weights, batch, dropout)
+        # recomputing checkpointed blocks in the backward pass puts their weights into the model again
+        release(self.model, weights)
+        return result
 
     def _loss(self, weights: Weights, batch: list[mx.array], dropout: mx.array | None) -> mx.array:
         images, labels, drop_uniform, t_normal, noise = batch
