@@ -1,8 +1,9 @@
 """exp and SiLU that are fast on every device.
 
 On Linux CPUs MLX evaluates `exp` one element at a time, about 25 ns each: a fifth of a forward pass. There, and only
-there, it is composed of multiplications and additions, which the compiler vectorises; relative error below 3e-7.
-Elsewhere these are MLX's own functions.
+there, it is composed of multiplications and additions, which the C++ compiler vectorises; relative error below 3e-7.
+`mx.compile` makes one loop of them: 5 ns an element, 12 where no g++ is installed. Elsewhere these are MLX's own
+functions.
 """
 
 import sys
@@ -46,9 +47,14 @@ def _exp_polynomial(x: mx.array) -> mx.array:
     return p * power
 
 
+# one loop each: these are made once and kept for every shape that occurs
+_exp_loop = mx.compile(_exp_polynomial)
+_silu_loop = mx.compile(lambda x: x / (1 + _exp_polynomial(-x)))
+
+
 @mx.custom_function
 def _exp(x: mx.array) -> mx.array:
-    return _exp_polynomial(x)
+    return _exp_loop(x)
 
 
 @_exp.vjp
@@ -58,7 +64,7 @@ def _exp_vjp(_: Any, cotangent: mx.array, output: mx.array) -> mx.array:
 
 @mx.custom_function
 def _silu(x: mx.array) -> mx.array:
-    return x / (1 + _exp_polynomial(-x))
+    return _silu_loop(mx.contiguous(x))  # a loop over rows that lie apart takes half as long again
 
 
 @_silu.vjp
