@@ -48,8 +48,8 @@ def summary(records: Records, plan: Plan, path: Path) -> None:
     plt = _pyplot()
     arms = [a for a in _ARM_TITLES if a in plan.arms]
     metrics = ("loss", "frechet")
-    figure = plt.figure(figsize=(9.2, 8.4), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 3.4))
+    figure = plt.figure(figsize=(9.2, 8.0), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 4.4))
     _examples(top, plan)
     grid = bottom.subplots(len(metrics), len(arms), sharex=True, sharey="row", squeeze=False)
     patches = sorted(plan.patches)
@@ -78,11 +78,13 @@ def summary(records: Records, plan: Plan, path: Path) -> None:
         axes.set_title(_ARM_TITLES[arm], fontsize=10)
     for axes in grid[-1]:
         axes.set_xlabel("patch size in pixels")
-    seeds = len({run.seed for run in records})
+    counts = {len(gains(records, plan, "loss", r, p, a)) for r in plan.regimes for p in patches for a in arms} - {0}
+    seeds = " to ".join(str(n) for n in sorted({min(counts, default=0), max(counts, default=0)}))
+    single = " (none: one seed)" if 1 in counts else ""
     text = (
         "Above the line: better than the same network without forcing. "
-        f"{plan.img_size}-pixel pictures, {plan.steps} steps of {plan.batch_size}; "
-        f"mean of {seeds} paired seeds, bars: 95 % confidence."
+        f"{plan.img_size}-pixel pictures, {plan.steps} steps of {plan.batch_size}.\n"
+        f"Mean of {seeds} paired seeds; bars: 95 % confidence{single}."
     )
     figure.supxlabel(text, fontsize=8.5)
     _save(figure, path)
@@ -129,7 +131,6 @@ def times(records: Records, plan: Plan, path: Path) -> None:
                 axes.plot(t, mean, line, color=colour, label=_ARM_TITLES[arm])
                 axes.fill_between(t, mean - half, mean + half, color=colour, alpha=0.15, lw=0)
             axes.set_title(f"{regime}, patch {patch}", fontsize=9)
-            axes.set_yscale("symlog", linthresh=10)
         row[0].set_ylabel("% lower than\nwithout forcing")
     for axes in grid[-1]:
         axes.set_xlabel("time t (0 noise, 1 picture)")
@@ -155,12 +156,12 @@ def pictures(plan: Plan, folder: Path, path: Path, count: int = 10) -> bool:
     )
     for row, arm in zip(grid, plan.arms, strict=True):
         for axes, regime in zip(row, plan.regimes, strict=True):
-            axes.imshow(plt.imread(names[regime, arm])[:, : count * plan.img_size])
+            axes.imshow(plt.imread(names[regime, arm])[:, : count * plan.img_size], interpolation="nearest")
             axes.set(xticks=[], yticks=[], frame_on=False)
             if arm == plan.arms[0]:
                 axes.set_title(f"{_MEANING[regime]}, patch {patch}", fontsize=9)
         row[0].set_ylabel(ARMS[arm], rotation=0, ha="right", va="center", fontsize=8.5)
     with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=160, bbox_inches="tight")
+        figure.savefig(temporary, format="png", dpi=100, bbox_inches="tight")
     plt.close(figure)
     return True

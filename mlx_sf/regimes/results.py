@@ -197,6 +197,10 @@ def _number(x: float | str) -> str:
     return x if isinstance(x, str) else "" if math.isnan(x) else f"{x:.6g}"
 
 
+def _percent(e: Estimate) -> str:
+    return f"{e.mean:+.1f} ± {e.half_width:.1f} %" if e.n > 1 else f"{e.mean:+.1f} %"
+
+
 def markdown(table: Sequence[dict[str, Any]]) -> str:
     """Means over seeds; in brackets the paired gain over no forcing in percent, with its 95 % interval."""
     lines = [
@@ -207,7 +211,7 @@ def markdown(table: Sequence[dict[str, Any]]) -> str:
         cells = [row["data"], str(row["patch"]), ARMS[row["arm"]], str(row["seeds"])]
         for metric in METRICS:
             gain = row[f"{metric} gain %"]
-            more = "" if gain is None else f" ({gain.mean:+.1f} ± {gain.half_width:.1f} %)" if gain.n > 1 else ""
+            more = "" if gain is None else f" ({_percent(gain)})"
             cells.append(f"{row[metric].mean:.4g}{more}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -223,9 +227,7 @@ def schedules(records: Records, plan: Plan) -> str:
     pairs += [("data", "linear")] if {"data", "linear"} <= set(plan.arms) else []
     for arm, over in pairs:
         found = [overall(records, plan, metric, arm, over) for metric in METRICS]
-        cells = [
-            f"{e.mean:+.1f} ± {e.half_width:.1f} %" if e and e.n > 1 else f"{e.mean:+.1f} %" if e else "" for e in found
-        ]
+        cells = [_percent(e) if e else "" for e in found]
         seeds = next((str(e.n) for e in found if e), "0")
         lines.append("| " + " | ".join([f"{ARMS[arm]} over {ARMS[over]}", seeds, *cells]) + " |")
     return "\n".join(lines) + "\n"
