@@ -95,15 +95,14 @@ def guided_velocity(
 ) -> mx.array:
     """Classifier-free guidance, v_uncond + cfg (v_cond - v_uncond), at one time t shared by the batch.
 
-    Both halves run in one batch of 2B; a half whose weight is zero (cfg 1, or 0) is not computed. What labels are is
-    between the caller and the network.
+    Both halves run at once: the network gets 2B labels with its B images, and answers for each image with both. A half
+    whose weight is zero (cfg 1, or 0) is not computed. What labels are is between the caller and the network.
     """
     if cfg == 1.0:
         return velocity(network(z, t, y), z, t, flow, t_eps)
     null = mx.full(y.shape, null_class, dtype=y.dtype)
     if cfg == 0.0:
         return velocity(network(z, t, null), z, t, flow, t_eps)
-    zz = mx.concatenate([z, z])
-    v = velocity(network(zz, t, mx.concatenate([y, null])), zz, t, flow, t_eps)
-    v_cond, v_uncond = mx.split(v, 2)
+    cond, uncond = mx.split(network(z, t, mx.concatenate([y, null])), 2)
+    v_cond, v_uncond = (velocity(out, z, t, flow, t_eps) for out in (cond, uncond))
     return v_uncond + cfg * (v_cond - v_uncond)

@@ -11,7 +11,7 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from functools import cache, partial
 from typing import Any
@@ -94,18 +94,22 @@ def split_batch(network: Callable[..., mx.array], uses: Any = ()) -> Callable[[m
     """network(z, t, y) with the batch split over the lanes and evaluated; the network itself where there are none.
 
     `uses` are the arrays that the network refers to besides its arguments (a module's parameters are found). t may be
-    shared by the batch. Each image's result is the network's own, up to the rounding of other product shapes. Not for
-    use inside a compiled or differentiated function.
+    shared by the batch, and y hold several labels for each image, as `JiT` takes them. Each image's result is the
+    network's own, up to the rounding of other product shapes. Not for use inside a compiled or differentiated function.
     """
     if count() == 1:
         return network
 
     def run_split(z: mx.array, t: mx.array, y: mx.array) -> mx.array:
-        mine = shares(z.shape[0], count())
+        if len(z) < count():  # more labels than images, perhaps: then they are what is shared out
+            z = mx.concatenate([z] * (len(y) // len(z)))
+        mine, k = shares(len(z), count()), len(y) // len(z)
         if len(mine) < 2:
             return network(z, t, y)
-        parts: list[Sequence[mx.array]] = [(z[s], t[s] if t.size > 1 else t, y[s]) for s in mine]
+        labels = y.reshape(k, -1)
+        parts = [(z[s], t[s] if t.size > 1 else t, labels[:, s].reshape(-1)) for s in mine]
         mx.eval(parts, uses, network.parameters() if isinstance(network, nn.Module) else [])
-        return mx.concatenate(run([partial(network, *p) for p in parts]))
+        done = run([partial(network, *p) for p in parts])
+        return mx.concatenate([d.reshape(k, -1, *d.shape[1:]) for d in done], axis=1).reshape(-1, *done[0].shape[1:])
 
     return run_split

@@ -254,7 +254,8 @@ class JiT(nn.Module):
     Call with x (B, 3, H, H), t a scalar or (B,) in [0, 1], y (B,) integers where `num_classes` means "no class".
     Returns (B, out_channels, H, H) float32. With `key` dropout acts (in the middle half of the depth); without, not.
     `block_wrapper` turns a block into the callable that runs it (gradient checkpointing). `modulations` are what
-    `self.modulations(t, y)` gives, where a caller has them already.
+    `self.modulations(t, y)` gives, where a caller has them already. With kB labels for B images the result is for the
+    images k times over, as guidance wants it: forcing and embedding, which no label enters, run once.
     """
 
     def __init__(self, config: ModelConfig, key: mx.array | None = None) -> None:
@@ -297,6 +298,8 @@ class JiT(nn.Module):
         silu_c = nn.silu(self.t_embedder(t) + y_emb) if modulations is None else None
         # the position table stays float32, and with it the residual stream, whatever type the products run in
         h = self.x_embedder(z) + self.pos_embed  # (B, N, D)
+        if len(y) > len(x):
+            h = mx.concatenate([h] * (len(y) // len(x)))  # (kB, N, D)
         keys = [None] * c.depth if key is None else list(mx.random.split(key, c.depth))
         cos, sin = self._cos[L:], self._sin[L:]
         for i, block in enumerate(self.blocks):

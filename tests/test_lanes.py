@@ -34,6 +34,14 @@ def test_results_are_the_networks_own(network, batch, shared, compiled):
     np.testing.assert_allclose(np.asarray(got), np.asarray(network(z, t, y)), atol=2e-5)
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+def test_two_labels_for_an_image_give_both_halves_of_guidance(network, batch):
+    z, t, y = mx.random.normal((batch, 3, 32, 32), key=mx.random.key(2)), mx.array([0.3]), mx.arange(2 * batch)
+    want = np.concatenate([network(z, t, y[:batch]), network(z, t, y[batch:])])
+    for got in (network(z, t, y), lanes.split_batch(network)(z, t, y)):
+        np.testing.assert_allclose(np.asarray(got), want, atol=2e-5)
+
+
 def test_lanes_run_side_by_side_and_again_after_an_error():
     x = mx.arange(6.0)
     mx.eval(x)

@@ -106,7 +106,7 @@ def _sampling_parts(
     config = Config(c, sample=SampleConfig("heun", 1, _CFG, 0.1, 1.0))
     noise, labels = seeded_noise(range(batch), img_size), mx.arange(batch) % c.num_classes
     field = Sampler(model, config, compiled).field(labels)
-    both = mx.concatenate([noise, noise])  # guidance: two halves of a batch
+    both = mx.concatenate([noise, noise])  # guidance: two halves of a batch, which share forcing and embedding
     classes = mx.array(np.unique(np.append(np.array(labels), c.null_class)))
     at, later = mx.array([_T]), mx.array([_T + 0.02])
     hidden = {T: _normal((2 * batch, T, D)) for T in sorted(set(_tokens(model)))}
@@ -148,8 +148,8 @@ def _sampling_parts(
     embed = lanes(lambda z: model.x_embedder(z) + model.pos_embed)
     head = lanes(lambda z: model.unpatchify(model.final_layer(z, None, m[: len(z), : 2 * D])))
     parts: list[Part] = [
-        ("forcing", lambda: [forcing(both) for _ in range(2)] if forcing else []),
-        ("embedder", lambda: [embed(both) for _ in range(2)]),
+        ("forcing", lambda: [forcing(noise) for _ in range(2)] if forcing else []),
+        ("embedder", lambda: [embed(noise) for _ in range(2)]),
         ("conditioning (adaLN)", lambda: [model.modulations(t, classes) for t in (at, later)]),
         ("attention", each_block(lambda b, z, T: b.attn(z, *_tables(model, T), None))),
         ("feed-forward", each_block(lambda b, z, T: b.mlp(z, None))),
