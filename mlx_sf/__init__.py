@@ -4,4 +4,4 @@ from . import _blas
 
 _blas.preload()  # must come before the first import of mlx.core, wherever that is
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

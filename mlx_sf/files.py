@@ -1,6 +1,7 @@
 """Writing without harm: beside, flushed, then renamed, so that no reader ever sees half a file."""
 
 import contextlib
+import hashlib
 import os
 import uuid
 from collections.abc import Iterator
@@ -59,3 +60,9 @@ def writable_folder(path: str | os.PathLike[str]) -> Path:
             f"{path}: cannot write in this folder ({e.strerror or e}): choose another with --output"
         ) from e
     return path
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content, hexadecimal."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

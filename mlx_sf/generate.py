@@ -5,7 +5,7 @@ Everything that can be wrong with a request is found before the first step is co
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,22 @@ def load_noise(path: str | os.PathLike[str], img_size: int) -> np.ndarray:
 def batches(n: int, batch_size: int) -> Iterator[range]:
     """Image numbers 0 ... n - 1 in batches."""
     return (range(i, min(i + batch_size, n)) for i in range(0, n, batch_size))
+
+
+def with_solver(config: Config, changes: Mapping[str, Any]) -> Config:
+    """The checkpoint's sampling settings with a command's put over them; None leaves a setting as it is.
+
+    `changes` are fields of `SampleConfig`, or `cfg_interval` for both of its ends. Errors name the command's flags.
+    """
+    given = {k: v for k, v in changes.items() if v is not None}
+    if "sample_t_eps" in given:
+        given["t_eps"] = given.pop("sample_t_eps")
+    if "cfg_interval" in given:
+        given["cfg_low"], given["cfg_high"] = given.pop("cfg_interval")
+    try:
+        return config.replace(sample=dataclasses.replace(config.sample, **given))
+    except MlxSfError as e:
+        raise MlxSfError(str(e).replace("config: ", "--").replace("cfg_interval", "cfg-interval")) from None
 
 
 def my_batches(n: int, batch_size: int, world: World) -> list[range]:

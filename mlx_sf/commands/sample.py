@@ -1,6 +1,5 @@
 """`mlx-sf sample`: pictures from a checkpoint."""
 
-import dataclasses
 from typing import Any, get_args
 
 import click
@@ -10,7 +9,6 @@ from ..checkpoint import Checkpoint, demo_checkpoint, load_model, resolve
 from ..config import Config, Method
 from ..device import DTYPES, default_dtype, dequantize_by_default, limit_cache, on_gpu, pick_dtype
 from ..distributed import World
-from ..errors import MlxSfError
 from ..files import writable_folder
 from ..progress import Progress
 
@@ -77,7 +75,7 @@ def command(
     """
     limit_cache()
     checkpoint = Checkpoint(resolve(ckpt) if ckpt is not None else demo_checkpoint())
-    config = _with_solver(checkpoint.config, **solver)
+    config = g.with_solver(checkpoint.config, solver)
     checkpoint.pick(weights)
     request = g.make_request(config, classes, num_images, seed, noise)
     world = World.join()
@@ -118,22 +116,3 @@ def quantization_note(config: Config, dequantize: bool) -> str | None:
     if dequantize:
         return f"note: {slow}: the weights are expanded to floats first, which takes the memory of floats"
     return f"note: {slow}, some 50 times slower than float32: leave out --no-dequantize if there is memory for floats"
-
-
-def _with_solver(
-    config: Config,
-    steps: int | None,
-    method: str | None,
-    cfg: float | None,
-    cfg_interval: tuple[float, float] | None,
-    sample_t_eps: float | None,
-) -> Config:
-    """The checkpoint's sampling settings with the command's put over them."""
-    changes: dict[str, Any] = {"steps": steps, "method": method, "cfg": cfg, "t_eps": sample_t_eps}
-    if cfg_interval is not None:
-        changes["cfg_low"], changes["cfg_high"] = cfg_interval
-    try:
-        given = {k: v for k, v in changes.items() if v is not None}
-        return config.replace(sample=dataclasses.replace(config.sample, **given))
-    except MlxSfError as e:
-        raise MlxSfError(str(e).replace("config: ", "--").replace("cfg_interval", "cfg-interval")) from None

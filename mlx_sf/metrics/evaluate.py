@@ -22,7 +22,8 @@ from .. import device
 from ..checkpoint import Checkpoint, resolve
 from ..config import Config
 from ..errors import MlxSfError
-from ..files import check_writable, writable_folder
+from ..files import check_writable, sha256, writable_folder
+from ..generate import with_solver
 from . import report
 from .folder import PictureFolder
 from .measure import What, agreed, measure
@@ -233,13 +234,8 @@ class Evaluation:
         configs = []
         for name in dict.fromkeys(sets):
             for cfg in dict.fromkeys(o.cfg or (ckpt.config.sample.cfg,)):
-                changes = {**{k: v for k, v in o.solver.items() if v is not None}, "cfg": float(cfg)}
-                try:
-                    solver = dataclasses.replace(ckpt.config.sample, **changes)
-                except MlxSfError as e:
-                    line = str(e).replace("config: ", "--").replace("cfg_interval", "cfg-interval")
-                    raise MlxSfError(line) from None
-                configs.append(ckpt.config.replace(sample=solver, weights=(name,)))
+                solved = with_solver(ckpt.config, {**o.solver, "cfg": float(cfg)})
+                configs.append(solved.replace(weights=(name,)))
         for name in dict.fromkeys(sets):
             ckpt.tensors(name)  # complete and finite, before the first of hours is spent
         return list(configs)
@@ -383,11 +379,7 @@ class Evaluation:
 
 
 def _sha256_of(path: str | Path) -> str | None:
-    path = Path(path)
-    if not path.is_file():
-        return None
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    return sha256(Path(path)) if Path(path).is_file() else None
 
 
 def write_table_of(results: Sequence[tuple[Run, Metrics]]) -> list[str]:

@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import MlxSfError
-from ..files import replacing
+from ..files import replacing, sha256
 from ..progress import Progress
 from ..tensor_file import Entry, TensorFile, check_suffix, write_tensor_file
 
@@ -244,7 +244,7 @@ def convert_inception_file(source: str | os.PathLike[str], target: str | os.Path
     """Convert Inception weights to an `.npz` or `.safetensors` file. One line about it, for the console."""
     check_suffix(target)
     weights = load_inception(source)
-    public = _file_sha256(Path(source)) == FILE_SHA256
+    public = sha256(Path(source)) == FILE_SHA256
     save_inception(target, weights, Path(source).name)
     what = "the public FID Inception" if public else "an FID Inception with other weights than the public file's"
     return f"{target}: {what}, {len(weights)} tensors, content SHA-256 {content_sha256(weights)}"
@@ -300,7 +300,7 @@ def fetch_inception() -> Path:
     """The public weights file in the cache, downloaded and checked on first use."""
     path = cache_folder() / FILE_NAME
     if path.exists():
-        if _file_sha256(path) == FILE_SHA256:
+        if sha256(path) == FILE_SHA256:
             return path
         raise MlxSfError(f"{path}: is not the file it should be (its SHA-256 differs): delete it, then {_by_hand()}")
     reasons = []
@@ -326,8 +326,3 @@ def _download(url: str, path: Path) -> None:
                 bar.update()
         if digest.hexdigest() != FILE_SHA256:
             raise MlxSfError(f"what came from there has SHA-256 {digest.hexdigest()}, not the file's")
-
-
-def _file_sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
