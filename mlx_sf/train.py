@@ -115,9 +115,11 @@ class TrainStep:
         self.model, self.flow, self.options = model, flow, options
         self._differentiated = mx.value_and_grad(self._loss)
         wrap: Callable[[Any], Any] = mx.compile if options.compile else lambda f: f
-        self._gradient, self._micro = wrap(self._value_and_grad), wrap(self._accumulate)
-        self._whole, self._finish = wrap(self._step), wrap(self._apply)
-        self._reduced, self._updated = wrap(self._reduce), wrap(self._update)
+        self._whole, self._finish, self._reduced = wrap(self._step), wrap(self._apply), wrap(self._reduce)
+        # of each lane its own: a compiled function that several threads call is compiled anew at each call
+        each = range(max(1, options.lanes))
+        self._gradient, self._micro = [wrap(self._value_and_grad) for _ in each], [wrap(self._accumulate) for _ in each]
+        self._updated = [wrap(self._update) for _ in each]
 
     def __call__(
         self,
@@ -166,7 +168,9 @@ class TrainStep:
         if parts == 1:
             slices = [[a[s] for a in batch] for s in mine]
             mx.eval(slices, dropout)
-            return lanes.run([partial(self._gradient, weights, own, dropout) for own in slices])
+            return lanes.run(
+                [partial(f, weights, own, dropout) for f, own in zip(self._gradient, slices, strict=False)]
+            )
         keys = [None] * parts if dropout is None else list(mx.random.split(dropout, parts))
         done = [(mx.array(0.0), {k: mx.zeros(w.shape) for k, w in weights.items()}) for _ in mine]
         mx.eval(keys, done)
@@ -177,7 +181,7 @@ class TrainStep:
                 own = [a[micro[i]] for a in batch]
                 share = mx.array(len(own[0]) / (micro[-1].stop - micro[0].start))
                 mx.eval(own, share)
-                tasks.append(partial(self._micro, weights, *done[lane], own, key, share))
+                tasks.append(partial(self._micro[lane], weights, *done[lane], own, key, share))
             done.clear()
             done = lanes.run(tasks)
         return done
@@ -257,10 +261,10 @@ class TrainStep:
             gradients, fractions = [total], mx.array([1.0])
             mx.eval(gradients, fractions, loss, norm)
         updates: list[lanes.Task] = []
-        for names in _equal_shares(arrays["model"], self.options.lanes):
+        for update, names in zip(self._updated, _equal_shares(arrays["model"], self.options.lanes), strict=False):
             own: Arrays = {kind: {k: arrays[kind].pop(k) for k in names} for kind in arrays}
             parts = [{k: g.pop(k) for k in names} for g in gradients]
-            updates.append(partial(self._updated, own, parts, fractions, scalars))
+            updates.append(partial(update, own, parts, fractions, scalars))
             del own, parts
         done = lanes.run(updates)
         return {kind: {k: w for part in done for k, w in part[kind].items()} for kind in arrays}, loss, norm
