@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import mlx.core as mx
@@ -260,14 +261,28 @@ class TrainStep:
             total, loss, norm = self._reduced(gradients, fractions, loss)
             gradients, fractions = [total], mx.array([1.0])
             mx.eval(gradients, fractions, loss, norm)
-        updates: list[lanes.Task] = []
-        for update, names in zip(self._updated, _equal_shares(arrays["model"], self.options.lanes), strict=False):
-            own: Arrays = {kind: {k: arrays[kind].pop(k) for k in names} for kind in arrays}
-            parts = [{k: g.pop(k) for k in names} for g in gradients]
-            updates.append(partial(update, own, parts, fractions, scalars))
-            del own, parts
-        done = lanes.run(updates)
-        return {kind: {k: w for part in done for k, w in part[kind].items()} for kind in arrays}, loss, norm
+        new: Arrays = {kind: {} for kind in arrays}
+        portions = [
+            [names[i : i + _AT_ONCE] for i in range(0, len(names), _AT_ONCE)]
+            for names in _equal_shares(arrays["model"], self.options.lanes)
+        ]
+        for turn in zip_longest(*portions):
+            updates: list[lanes.Task] = []
+            for update, names in zip(self._updated, turn, strict=False):
+                if names:
+                    own: Arrays = {kind: {k: arrays[kind].pop(k) for k in names} for kind in arrays}
+                    grads = [{k: g.pop(k) for k in names} for g in gradients]
+                    updates.append(partial(update, own, grads, fractions, scalars))
+                    del own, grads
+            for done in lanes.run(updates):
+                for kind, values in done.items():
+                    new[kind].update(values)
+        return new, loss, norm
+
+
+# parameters that a lane updates in one evaluation: MLX lets about a hundred operations wait on all streams together,
+# and a lane that comes late to a full queue starves until the others have finished
+_AT_ONCE = 12
 
 
 def _within(outer: slice, inner: slice) -> slice:

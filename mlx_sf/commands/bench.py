@@ -197,7 +197,7 @@ def profile(
 @_dtype
 @click.option("--compile/--no-compile", "compiled", default=True, show_default=True)
 @click.option("--grad-checkpoint", is_flag=True, help="Recompute the blocks in the backward pass.")
-@click.option("--steps", type=click.IntRange(1), default=3, show_default=True, help="Timed steps; medians count.")
+@click.option("--steps", type=click.IntRange(1), default=7, show_default=True, help="Timed steps; medians count.")
 @click.option("--peer/--no-peer", default=True, help="Also time PyTorch, where it is installed.")
 @_json
 def train(
