@@ -1,7 +1,7 @@
 """One batch on several CPU threads.
 
 On a CPU everything that MLX does but matrix products runs on one thread, so a network that is split by batch over as
-many threads as there are cores is faster: 1.3 to 1.5 times on two. Several streams in one evaluation would not do:
+many threads as there are cores is faster where much is not products. Several streams in one evaluation would not do:
 they are fed nearly one after another. Hence each lane is a thread of its own that evaluates its own graph. On GPUs,
 and on macOS, where the BLAS shares its own units among all threads, there are no lanes and nothing changes.
 """
