@@ -230,7 +230,7 @@ def _judged(spectrum: Spectrum, model: ModelConfig, flow: FlowConfig) -> tuple[l
 def _capacity(o: _Options, checkpoint: Checkpoint | None, source: Source, spectrum: Spectrum) -> Capacity | None:
     if checkpoint is None or o.capacity is False:
         return None
-    network, config = load_model(checkpoint, o.weights, device.pick_dtype(o.dtype))
+    network, config = load_model(checkpoint, o.weights, device.pick_dtype(o.dtype), device.dequantize_by_default())
     capacity = measure_capacity(network, config, source, spectrum, o.capacity_images, seed=o.seed)
     _say(["", *report.capacity_lines(capacity, f"{config.name} ({checkpoint.path.name})")])
     return capacity
