@@ -24,6 +24,11 @@ def default_dtype() -> str:
     return "bfloat16" if on_gpu() else "float32"
 
 
+def dtype_name(dtype: mx.Dtype) -> str:
+    """The name that `pick_dtype` takes."""
+    return str(dtype).removeprefix("mlx.core.")
+
+
 def pick_dtype(name: str | None) -> mx.Dtype:
     """The MLX type of a name, or the default."""
     name = name or default_dtype()

@@ -117,7 +117,7 @@ class TrainStep:
         self._differentiated = mx.value_and_grad(self._loss)
         wrap: Callable[[Any], Any] = mx.compile if options.compile else lambda f: f
         self._whole, self._finish, self._reduced = wrap(self._step), wrap(self._apply), wrap(self._reduce)
-        # of each lane its own: a compiled function that several threads call is compiled anew at each call
+        # of each lane its own, so that threads share no compiled function
         each = range(max(1, options.lanes))
         self._gradient, self._micro = [wrap(self._value_and_grad) for _ in each], [wrap(self._accumulate) for _ in each]
         self._updated = [wrap(self._update) for _ in each]

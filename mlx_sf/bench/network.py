@@ -6,13 +6,13 @@ import mlx.core as mx
 import numpy as np
 
 from ..config import ModelConfig, model_config
-from ..device import compile_by_default
-from ..lanes import cores, split_batch
+from ..device import compile_by_default, dtype_name
+from ..lanes import split_batch
 from ..model import JiT, cast_products
 from ..report import forward_flops
 from ..sample import seeded_noise
-from .peer import Peer, find_peer
-from .rates import Runs, alternate, product_rate, timing
+from .peer import Peer, compared, find_peer
+from .rates import Runs, alternate
 
 
 def measure_forward(
@@ -31,20 +31,8 @@ def measure_forward(
         runs["torch"] = _torch_forward(config, batch, other)
     mx.reset_peak_memory()
     taken = alternate(runs, rounds)
-    flops, rate, mlx = forward_flops(config) * batch, product_rate(dtype), timing("mlx", taken["mlx"])
-    result: dict[str, Any] = {
-        "what": f"forward pass, {size} at {img_size}, batch {batch}, {str(dtype).removeprefix('mlx.core.')}",
-        "mlx_threads": cores(),
-        **mlx,
-        "mlx_peak_bytes": mx.get_peak_memory(),
-        "flops": flops,
-        "product_rate": rate,
-        "share_of_product_rate": flops / mlx["mlx_seconds"] / rate,
-    }
-    if other:
-        result |= timing("torch", taken["torch"]) | other.described
-        result["torch_over_mlx"] = result["torch_seconds"] / result["mlx_seconds"]
-    return result
+    what = f"forward pass, {size} at {img_size}, batch {batch}, {dtype_name(dtype)}"
+    return {"what": what, **compared(taken, batch * forward_flops(config), dtype, other)}
 
 
 def _torch_forward(config: ModelConfig, batch: int, peer: Peer) -> Any:

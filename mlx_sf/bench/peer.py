@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from ..device import on_gpu
 from ..lanes import cores
+from .rates import product_rate, timing
 
 
 @dataclass(frozen=True)
@@ -57,3 +58,23 @@ def find_peer(dtype: mx.Dtype, wanted: bool = True) -> Peer | None:
     if device == "cpu":
         described["torch_threads"] = torch.get_num_threads()
     return Peer(device, prepare, autocast, synchronize, described)
+
+
+def compared(taken: dict[str, list[float]], flops: int, dtype: mx.Dtype, peer: Peer | None) -> dict[str, Any]:
+    """The entries of a record that MLX's runs and the peer's ("mlx" and "torch" in `taken`) have in common.
+
+    `flops` are those of one MLX run; memory is MLX's peak so far.
+    """
+    peak, mlx, rate = mx.get_peak_memory(), timing("mlx", taken["mlx"]), product_rate(dtype)
+    result: dict[str, Any] = {
+        "mlx_threads": cores(),
+        **mlx,
+        "mlx_peak_bytes": peak,
+        "flops": flops,
+        "product_rate": rate,
+        "share_of_product_rate": flops / mlx["mlx_seconds"] / rate,
+    }
+    if peer:
+        result |= timing("torch", taken["torch"]) | peer.described
+        result["torch_over_mlx"] = result["torch_seconds"] / result["mlx_seconds"]
+    return result

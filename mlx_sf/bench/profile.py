@@ -5,8 +5,8 @@ the same way; what the parts do not add up to is named "other". Where a compiled
 be negative.
 """
 
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -14,12 +14,13 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from ..config import Config, SampleConfig, model_config
-from ..device import compile_by_default
+from ..device import compile_by_default, dtype_name
 from ..flow import add_noise, flow_loss, training_times, velocity
 from ..lanes import split_batch
 from ..model import Block, JiT, cast_products, modulate
 from ..sample import Sampler, seeded_noise
 from ..train import StepOptions, TrainStep, draws, initial_arrays, pixels, trainable
+from .rates import Runs, alternate
 
 Part = tuple[str, Callable[[], Any]]
 _CFG, _T = 2.9, 0.5
@@ -41,23 +42,21 @@ def profile_step(
     """
     compiled = (kind == "train" or compile_by_default()) if compile is None else compile
     whole, parts = (_sampling_parts if kind == "sample" else _training_parts)(size, img_size, batch, dtype, compiled)
-    timed = [("whole step", whole), *parts]
-    seconds: dict[str, list[float]] = {name: [] for name, _ in timed}
-    for i in range(rounds + 1):  # the first is for warming up
-        for name, run in timed:
-            start = time.perf_counter()
-            mx.eval(run())
-            if i:
-                seconds[name].append(time.perf_counter() - start)
+    runs: Runs = {name: partial(_evaluate, run) for name, run in [("whole step", whole), *parts]}
+    seconds = alternate(runs, rounds)
     medians = {name: float(np.median(s)) for name, s in seconds.items()}
     total = medians.pop("whole step")
-    name = str(dtype).removeprefix("mlx.core.")
     return {
-        "what": f"{kind} step, {size} at {img_size}, batch {batch}, {name}, {'compiled' if compiled else 'eager'}",
+        "what": f"{kind} step, {size} at {img_size}, batch {batch}, {dtype_name(dtype)}, "
+        + ("compiled" if compiled else "eager"),
         "seconds": total,
         "spread": [min(seconds["whole step"]), max(seconds["whole step"])],
         "parts": {**medians, "other": total - sum(medians.values())},
     }
+
+
+def _evaluate(run: Callable[[], Any]) -> None:
+    mx.eval(run())
 
 
 def profile_lines(result: dict[str, Any]) -> list[str]:

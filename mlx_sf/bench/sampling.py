@@ -7,14 +7,13 @@ import mlx.core as mx
 import numpy as np
 
 from ..config import Config, SampleConfig, model_config
-from ..device import compile_by_default
+from ..device import compile_by_default, dtype_name
 from ..generate import ahead
-from ..lanes import cores
 from ..model import JiT, cast_products
 from ..report import forward_flops
 from ..sample import Sampler, evaluations, seeded_noise
-from .peer import Peer, find_peer
-from .rates import Runs, alternate, product_rate, timing
+from .peer import Peer, compared, find_peer
+from .rates import Runs, alternate
 
 
 def measure_sampling(
@@ -55,27 +54,14 @@ def measure_sampling(
         runs["torch"] = _published_loop(config, batch, other)
     mx.reset_peak_memory()
     taken = alternate(runs, rounds)
-    count, rate, mlx = evaluations(sample), product_rate(dtype), timing("mlx", taken["mlx"])
-    flops = batch * count * forward_flops(config.model)
+    count = evaluations(sample)
     result: dict[str, Any] = {
-        "what": f"{size} at {img_size}, {batch} images, {steps} {method} steps, cfg {cfg}, {_name(dtype)}",
-        "mlx_threads": cores(),
+        "what": f"{size} at {img_size}, {batch} images, {steps} {method} steps, cfg {cfg}, {dtype_name(dtype)}",
         "mlx_evaluations": count,
-        **mlx,
-        "mlx_seconds_per_image": mlx["mlx_seconds"] / batch,
-        "mlx_peak_bytes": mx.get_peak_memory(),
-        "flops": flops,
-        "product_rate": rate,
-        "share_of_product_rate": flops / mlx["mlx_seconds"] / rate,
+        **({"torch_evaluations": 2 * (2 * steps - 1)} if other else {}),
+        **compared(taken, batch * count * forward_flops(config.model), dtype, other),
     }
-    if other:
-        result |= {"torch_evaluations": 2 * (2 * steps - 1), **timing("torch", taken["torch"]), **other.described}
-        result["torch_over_mlx"] = result["torch_seconds"] / result["mlx_seconds"]
-    return result
-
-
-def _name(dtype: mx.Dtype) -> str:
-    return str(dtype).removeprefix("mlx.core.")
+    return result | {"mlx_seconds_per_image": result["mlx_seconds"] / batch}
 
 
 def _published_loop(config: Config, batch: int, peer: Peer) -> Callable[[], None]:

@@ -8,11 +8,12 @@ import numpy as np
 
 from .. import lanes
 from ..config import Config, ModelConfig, model_config
+from ..device import dtype_name
 from ..model import JiT
 from ..report import forward_flops
 from ..train import StepOptions, TrainStep, draws, initial_arrays, trainable
-from .peer import Peer, find_peer
-from .rates import Runs, alternate, product_rate, timing
+from .peer import Peer, compared, find_peer
+from .rates import Runs, alternate
 
 EMA_DECAYS = (0.9999, 0.9996)
 LR = 1e-4
@@ -43,23 +44,13 @@ def measure_training(
             run()
     mx.reset_peak_memory()
     taken = alternate(runs, steps)
-    flops, rate, mlx = 3 * batch * forward_flops(config.model), product_rate(dtype), timing("mlx", taken["mlx"])
-    name = str(dtype).removeprefix("mlx.core.")
     result: dict[str, Any] = {
-        "what": f"training step, {size} at {img_size}, batch {batch}, {name}, {'compiled' if compile else 'eager'}"
+        "what": f"training step, {size} at {img_size}, batch {batch}, {dtype_name(dtype)}, "
+        + ("compiled" if compile else "eager")
         + (", gradient checkpointing" if grad_checkpoint else ""),
-        "mlx_threads": lanes.cores(),
-        **mlx,
-        "images_per_second": batch / mlx["mlx_seconds"],
-        "mlx_peak_bytes": mx.get_peak_memory(),
-        "flops": flops,
-        "product_rate": rate,
-        "share_of_product_rate": flops / mlx["mlx_seconds"] / rate,
+        **compared(taken, 3 * batch * forward_flops(config.model), dtype, other),
     }
-    if other:
-        result |= timing("torch", taken["torch"]) | other.described
-        result["torch_over_mlx"] = result["torch_seconds"] / result["mlx_seconds"]
-    return result
+    return result | {"images_per_second": batch / result["mlx_seconds"]}
 
 
 def _batch(config: ModelConfig, batch: int) -> tuple[np.ndarray, np.ndarray]:

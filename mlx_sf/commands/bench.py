@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import click
 
 from ..config import Method
-from ..device import DTYPES, describe, limit_cache, pick_dtype
+from ..device import DTYPES, describe, dtype_name, limit_cache, pick_dtype
 from ..errors import MlxSfError
 from ..files import check_writable, replacing, writable_folder
 from ..progress import Progress
@@ -292,7 +292,7 @@ def memory(
     """Peak memory of sampling and training, each figure from a process of its own."""
     from ..bench.memory import Cell, measure_memory
 
-    name = str(pick_dtype(dtype)).removeprefix("mlx.core.")
+    name = dtype_name(pick_dtype(dtype))
     sizes = [s.strip() for s in size.split(",")]
     cells = []
     if task != "train":
