@@ -4,25 +4,27 @@ import importlib
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import click
 
-from . import __version__, _malloc
+from . import __version__
+from .device.malloc import keep_freed_memory
 from .errors import MlxSfError
 
 # name -> one-line help, shown without importing the command (imports of MLX take a while)
 COMMANDS = {
+    "sample": "Draw pictures from a checkpoint.",
+    "train": "Train a network on pictures, or on the built-in scenes.",
     "convert": "Turn a PyTorch checkpoint (.pth) into one self-describing .npz or .safetensors file.",
-    "sample": "Draw images from a checkpoint.",
-    "train": "Train a model on pictures, or on the built-in scenes.",
-    "export": "One weight set of a run as a small file to share.",
+    "export": "Write one weight set of a training run as a small file to share.",
     "info": "Say what a checkpoint, a PNG or this installation is.",
-    "eval": "Measure FID, IS, KID, precision and recall of a checkpoint or a folder of pictures.",
-    "stats": "Make reference statistics for FID from a data set.",
-    "spectrum": "Measure a data set's spectrum, and what the forcing does to it; where a network's capacity goes.",
+    "eval": "Measure FID, Inception Score, KID, precision and recall of a checkpoint or a folder of pictures.",
+    "stats": "Make the reference statistics of a data set that `eval` compares with.",
+    "spectrum": "Measure a data set's spectrum, what the forcing does to it, and where a network's capacity goes.",
     "bench": "Measure speed and memory on this machine.",
-    "selftest": "Check this device against the reference's golden numbers.",
+    "selftest": "Check this device against the published code's numbers.",
 }
 # commands whose numbers are compared with the reference's: true float32 products, decided before MLX starts
 _EXACT = ("selftest", "eval", "stats")
@@ -51,12 +53,15 @@ class _LazyGroup(click.Group):
 @click.version_option(__version__, prog_name="mlx-sf")
 @click.option("--debug", is_flag=True, help="Show the full traceback of an error.")
 def cli(debug: bool) -> None:
-    """JiT pixel-space diffusion transformers with Spectral Forcing, in MLX."""
+    """Pictures straight in pixels: JiT diffusion transformers with Spectral Forcing, in MLX.
+
+    Begin with `mlx-sf sample`: it draws from a small model that comes with the program.
+    """
 
 
 def main(argv: list[str] | None = None) -> Any:
     """Entry point: every expected failure becomes one line on stderr and a non-zero exit status."""
-    _malloc.keep_freed_memory()
+    keep_freed_memory()
     arguments = sys.argv[1:] if argv is None else argv
     debug = "--debug" in arguments
     try:
@@ -75,9 +80,24 @@ def main(argv: list[str] | None = None) -> Any:
     except (MlxSfError, OSError) as e:
         if debug:
             traceback.print_exc()
-        message = str(e) if isinstance(e, MlxSfError) else _os_error_line(e)
+        message = e.shown(spelling(arguments)) if isinstance(e, MlxSfError) else _os_error_line(e)
         click.echo(f"mlx-sf: error: {message}", err=True)
         sys.exit(1)
+
+
+def spelling(arguments: list[str]) -> Callable[[str], str]:
+    """How the command that `arguments` name spells an option: as its flag; the plain name where it has none such."""
+    flags: dict[str, str] = {}
+    command: click.Command | None = cli
+    for word in arguments:
+        if not isinstance(command, click.Group):
+            break
+        if not word.startswith("-"):
+            command = command.get_command(click.Context(command), word)
+            for p in command.params if command is not None else []:
+                if isinstance(p, click.Option):
+                    flags[p.name or ""] = max(p.opts, key=len)
+    return lambda name: flags.get(name, name)
 
 
 def _os_error_line(e: OSError) -> str:

@@ -5,12 +5,45 @@ or a scalar. Velocities divide by max(1 - t, t_eps), at sampling too.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import mlx.core as mx
+from mlx.utils import tree_map
 
-from .config import FlowConfig
+from .common.fields import check_types, choice, require
 
-Network = Callable[[mx.array, mx.array, mx.array], mx.array]  # (z, t, y) -> output
+PredParam = Literal["x", "v", "hybrid"]
+
+
+HybridMode = Literal["one_minus_t", "snr", "snr_inverse"]
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """The flow, its loss and the network's parameterisation. Times run from 0 (noise) to 1 (data)."""
+
+    pred_param: PredParam = "x"
+    hybrid_x_weight_mode: HybridMode = "one_minus_t"
+    hybrid_x_weight_power: float = 1.0
+    hybrid_x_weight_min: float = 0.0
+    hybrid_x_weight_max: float = 1.0
+    noise_scale: float = 1.0
+    t_eps: float = 0.05
+    P_mean: float = -0.8
+    P_std: float = 0.8
+    label_drop_prob: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        choice("pred_param", self.pred_param, PredParam)
+        choice("hybrid_x_weight_mode", self.hybrid_x_weight_mode, HybridMode)
+        require(self.noise_scale > 0, "noise_scale", self.noise_scale, "above 0")
+        require(0 < self.t_eps <= 1, "t_eps", self.t_eps, "above 0, at most 1")
+        require(self.P_std >= 0, "P_std", self.P_std, "0 or more")
+        require(0 <= self.label_drop_prob <= 1, "label_drop_prob", self.label_drop_prob, "a probability")
+        low, high = self.hybrid_x_weight_min, self.hybrid_x_weight_max
+        require(low <= high, "hybrid_x_weight_min", low, f"at most hybrid_x_weight_max {high}")
 
 
 def _per_image(t: mx.array) -> mx.array:
@@ -27,9 +60,13 @@ def training_times(normal: mx.array, flow: FlowConfig) -> mx.array:
     return mx.sigmoid(flow.P_mean + flow.P_std * normal)
 
 
-def drop_labels(y: mx.array, uniform: mx.array, probability: float, null_class: int) -> mx.array:
-    """Labels, replaced by the null class where the uniform draw in [0, 1) is below `probability`."""
-    return mx.where(uniform < probability, null_class, y)
+def drop_conditions(condition: Any, null: Any, uniform: mx.array, probability: float) -> Any:
+    """A batch's condition, replaced by `null` for the images whose uniform draw in [0, 1) is below `probability`.
+
+    Both are trees of arrays whose first axis is the batch, as a network's `condition` gives them.
+    """
+    dropped = uniform < probability
+    return tree_map(lambda c, n: mx.where(dropped.reshape(-1, *[1] * (c.ndim - 1)), n, c), condition, null)
 
 
 def add_noise(x: mx.array, noise: mx.array, t: mx.array, noise_scale: float) -> mx.array:
@@ -76,33 +113,13 @@ def flow_loss(v_pred: mx.array, x: mx.array, z: mx.array, t: mx.array, flow: Flo
 
 
 def training_loss(
-    network: Network, x: mx.array, y: mx.array, t: mx.array, noise: mx.array, flow: FlowConfig
-) -> mx.array:
-    """Mean loss of images x in [-1, 1] with labels y (dropped already), times t and standard normal noise."""
-    z = add_noise(x, noise, t, flow.noise_scale)
-    return flow_loss(velocity(network(z, t, y), z, t, flow), x, z, t, flow).mean()
-
-
-def guided_velocity(
-    network: Network,
-    z: mx.array,
+    network: Callable[[mx.array, mx.array, Any], mx.array],
+    x: mx.array,
+    condition: Any,
     t: mx.array,
-    y: mx.array,
+    noise: mx.array,
     flow: FlowConfig,
-    null_class: int,
-    cfg: float = 1.0,
-    t_eps: float | None = None,
 ) -> mx.array:
-    """Classifier-free guidance, v_uncond + cfg (v_cond - v_uncond), at one time t shared by the batch.
-
-    Both halves run at once: the network gets 2B labels with its B images, and answers for each image with both. A half
-    whose weight is zero (cfg 1, or 0) is not computed. What labels are is between the caller and the network.
-    """
-    if cfg == 1.0:
-        return velocity(network(z, t, y), z, t, flow, t_eps)
-    null = mx.full(y.shape, null_class, dtype=y.dtype)
-    if cfg == 0.0:
-        return velocity(network(z, t, null), z, t, flow, t_eps)
-    cond, uncond = mx.split(network(z, t, mx.concatenate([y, null])), 2)
-    v_cond, v_uncond = (velocity(out, z, t, flow, t_eps) for out in (cond, uncond))
-    return v_uncond + cfg * (v_cond - v_uncond)
+    """Mean loss of images x in [-1, 1] with their condition (dropped already), times t and standard normal noise."""
+    z = add_noise(x, noise, t, flow.noise_scale)
+    return flow_loss(velocity(network(z, t, condition), z, t, flow), x, z, t, flow).mean()

@@ -1,4 +1,4 @@
-"""Collect the golden numbers that `mlx-sf selftest` ships: tests/golden/parity -> mlx_sf/selftest.npz.
+"""Collect the golden numbers that `mlx-sf selftest` ships: tests/golden/parity -> mlx_sf/parity/selftest.npz.
 
 python scripts/make_selftest.py
 """
@@ -13,8 +13,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from mlx_sf.convert import convert  # noqa: E402
-from mlx_sf.tensor_file import TensorFile  # noqa: E402
+from mlx_sf.checkpoints.convert.jit import convert  # noqa: E402
+from mlx_sf.formats.tensor_file import TensorFile  # noqa: E402
 
 GOLDEN = ROOT / "tests/golden/parity"
 # model -> weight sets that the cases below use
@@ -74,7 +74,7 @@ def main() -> None:
             sampling.append(case)
     index = {"configs": configs, "tolerance": tolerance, "sampling": sampling}
     arrays["index"] = np.frombuffer(json.dumps(index).encode(), np.uint8)
-    np.savez_compressed(ROOT / "mlx_sf/selftest.npz", **arrays)
+    np.savez_compressed(ROOT / "mlx_sf/parity/selftest.npz", **arrays)
 
 
 if __name__ == "__main__":

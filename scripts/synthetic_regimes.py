@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from mlx_sf.errors import MlxSfError  # noqa: E402
-from mlx_sf.regimes.experiment import experiment, report  # noqa: E402
-from mlx_sf.regimes.plan import PRESETS  # noqa: E402
+from scripts.regimes.experiment import experiment, report  # noqa: E402
+from scripts.regimes.plan import PRESETS  # noqa: E402
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})

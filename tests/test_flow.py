@@ -6,7 +6,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_sf import flow
-from mlx_sf.config import FlowConfig
+from mlx_sf.flow import FlowConfig
+from tests.helpers import changed, classes
 
 CASES = [
     "forced_x", "vanilla", "vanilla_as_v", "hybrid", "hybrid_1_snr_inverse", "hybrid_2_snr", "hybrid_3_snr"
@@ -27,11 +28,12 @@ def test_loss_equals_golden(golden, load, name):
 
     overrides = dict(case["overrides"])
     model, config = load(case["model"], "model", {k: v for k, v in overrides.items() if k != "pred_param"})
-    settings = config.flow if "pred_param" not in overrides else config.replace(pred_param=overrides["pred_param"]).flow
+    settings = changed(config, **{k: v for k, v in overrides.items() if k == "pred_param"}).flow
     x = 2 * (get("x_uint8").astype(mx.float32) / 255) - 1
     np.testing.assert_allclose(np.asarray(x), arrays[f"{case['inputs']}/x"], atol=1e-7)
-    y = flow.drop_labels(get("labels"), get("drop_uniform"), case["label_drop_prob"], config.model.null_class)
-    np.testing.assert_array_equal(np.asarray(y), arrays[f"{case['inputs']}/labels_dropped"])
+    null = model.condition([None] * len(get("labels")))
+    y = flow.drop_conditions(classes(model, get("labels")), null, get("drop_uniform"), case["label_drop_prob"])
+    np.testing.assert_array_equal(np.asarray(y["labels"]), arrays[f"{case['inputs']}/labels_dropped"])
     t = flow.training_times(get("t_normal"), settings)
     np.testing.assert_allclose(np.asarray(t), arrays[f"{case['inputs']}/t"], atol=2e-7)
     z = flow.add_noise(x, get("noise"), t, settings.noise_scale)
@@ -50,7 +52,7 @@ def test_gradients_equal_golden(golden, load, compiled):
 
     def loss(parameters):
         model.update(parameters)
-        return flow.training_loss(model, x, y, t, noise, config.flow)
+        return flow.training_loss(model, x, classes(model, y), t, noise, config.flow)
 
     step = mx.value_and_grad(loss)
     value, gradients = (mx.compile(step) if compiled else step)(model.trainable_parameters())
@@ -61,35 +63,6 @@ def test_gradients_equal_golden(golden, load, compiled):
     for name in listed:
         key = name.removeprefix("forced_x/grad/net.")
         golden.close("loss", name, by_name[key].reshape(arrays[name].shape))
-
-
-def guided(field, cfg, null_class=7):
-    calls = []
-
-    def network(z, t, y):
-        calls.append(np.asarray(y).tolist())
-        return field(z, t, y)
-
-    z = mx.random.normal((2, 3, 4, 4), key=mx.random.key(0))
-    v = flow.guided_velocity(network, z, mx.array([0.5]), mx.array([1, 2]), FlowConfig(pred_param="v"), null_class, cfg)
-    return np.asarray(v), calls
-
-
-def test_guidance_extrapolates_all_channels_from_the_null_class():
-    def field(z, t, y):
-        return mx.broadcast_to(y.reshape(-1, 1, 1, 1), (len(y), *z.shape[1:])).astype(z.dtype)
-
-    v, calls = guided(field, 3.0)
-    assert calls == [[1, 2, 7, 7]]  # one batch
-    np.testing.assert_allclose(v[0], 7 + 3 * (1 - 7))
-    np.testing.assert_allclose(v[1], 7 + 3 * (2 - 7))
-
-
-@pytest.mark.parametrize("cfg, labels", [(1.0, [[1, 2]]), (0.0, [[7, 7]])])
-def test_the_half_that_cannot_matter_is_not_computed(cfg, labels):
-    v, calls = guided(lambda z, t, y: z * 0 + y.reshape(-1, 1, 1, 1), cfg)
-    assert calls == labels
-    np.testing.assert_allclose(v[:, 0, 0, 0], labels[0])
 
 
 def test_velocity_is_bounded_near_the_data():

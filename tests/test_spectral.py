@@ -9,19 +9,9 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from scipy.fft import dctn
 
-from mlx_sf.config import ModelConfig
+from mlx_sf.dct import dct2, dct_matrix, idct2, radial_frequency
 from mlx_sf.errors import MlxSfError
-from mlx_sf.spectral import (
-    SpectralForcing,
-    cutoffs,
-    dct2,
-    dct_matrix,
-    describe_forcing,
-    idct2,
-    masks,
-    radial_frequency,
-    radial_mask,
-)
+from mlx_sf.spectral import ForcingConfig, SpectralForcing, cutoffs, describe_forcing, masks, radial_mask
 
 
 @pytest.mark.parametrize("n", [8, 16, 32])
@@ -72,22 +62,37 @@ def test_transform_is_scipys_and_orthonormal(n, seed):
     np.testing.assert_allclose(a @ a.T, np.eye(n), atol=1e-13)
 
 
-@settings(max_examples=20, deadline=None)
-@given(size=st.sampled_from([(12, 6), (12, 4), (20, 10), (24, 24)]), t=st.floats(0, 1), seed=st.integers(0, 999))
-def test_filter_equals_direct_evaluation(size, t, seed):
-    """Against the definition, window by window, with SciPy's transform in float64."""
-    H, w = size
-    x = np.random.default_rng(seed).standard_normal((1, 2, H, H)).astype(np.float32)
-    i = np.arange(w)
-    r = np.sqrt(i[:, None] ** 2 + i[None] ** 2) / np.sqrt(2 * (w - 1) ** 2)
-    mask = 1 / (1 + np.exp(-30 * (0.05 + 0.95 * t - r)))
+@settings(max_examples=30, deadline=None)
+@given(
+    images=st.sampled_from([
+        (12, 12, 6), (12, 12, 4), (20, 20, 10), (24, 24, None), (12, 20, None), (20, 8, None), (2, 30, None),
+        (12, 20, 4), (24, 8, 8),
+    ]),
+    t=st.floats(0, 1),
+    seed=st.integers(0, 999),
+)  # fmt: skip
+def test_filter_equals_direct_evaluation(images, t, seed):
+    """Against the definition, window by window, on squares and rectangles, with SciPy's transform in float64."""
+    H, W, n = images
+    h, w = (H, W) if n is None else (n, n)
+    x = np.random.default_rng(seed).standard_normal((1, 2, H, W)).astype(np.float32)
+    u, v = np.arange(h)[:, None] / (h - 1), np.arange(w)[None] / (w - 1)
+    mask = 1 / (1 + np.exp(-30 * (0.05 + 0.95 * t - np.sqrt(u**2 + v**2) / np.sqrt(2))))
     want = np.empty_like(x, dtype=np.float64)
-    for y0 in range(0, H, w):
-        for x0 in range(0, H, w):
-            part = dctn(x[:, :, y0 : y0 + w, x0 : x0 + w].astype(np.float64), axes=(2, 3), norm="ortho") * mask
-            want[:, :, y0 : y0 + w, x0 : x0 + w] = dctn(part, type=3, axes=(2, 3), norm="ortho")
-    got = SpectralForcing(H, w)(mx.array(x), mx.array([t]))
+    for y0 in range(0, H, h):
+        for x0 in range(0, W, w):
+            part = dctn(x[:, :, y0 : y0 + h, x0 : x0 + w].astype(np.float64), axes=(2, 3), norm="ortho") * mask
+            want[:, :, y0 : y0 + h, x0 : x0 + w] = dctn(part, type=3, axes=(2, 3), norm="ortho")
+    got = SpectralForcing((H, W), n)(mx.array(x), mx.array([t]))
     np.testing.assert_allclose(np.asarray(got), want, atol=2e-5)
+    last = SpectralForcing((H, W), n, channels_last=True)(mx.array(np.moveaxis(x, 1, -1)), mx.array([t]))
+    np.testing.assert_allclose(np.moveaxis(np.asarray(last), -1, 1), np.asarray(got), atol=1e-6)
+
+
+def test_a_square_given_as_a_rectangle_is_the_same_to_the_bit():
+    x, t = mx.random.normal((2, 3, 16, 16), key=mx.random.key(0)), mx.array([0.1, 0.8])
+    assert mx.array_equal(SpectralForcing(16)(x, t), SpectralForcing((16, 16))(x, t))
+    assert mx.array_equal(SpectralForcing(16)(x, t), SpectralForcing(16, 16)(x, t))
 
 
 def test_shared_time_is_a_scalar_or_a_batch():
@@ -138,6 +143,8 @@ def test_gradient_is_the_filter_itself():
     [
         ({"img_size": 16, "window_size": 5}, "window_size is 5"),
         ({"img_size": 16, "window_size": 1}, "window_size is 1"),
+        ({"img_size": 1}, "img_size is 1, want 2 to 8192"),
+        ({"img_size": (16, 10), "window_size": 8}, "window_size is 8, want a divisor of 16 and 10"),
         ({"img_size": 16, "scale_schedule": "sine"}, "SpectralForcing: scale_schedule is 'sine', want one of linear"),
         ({"img_size": 16, "scale_schedule": "data"}, r"schedule_cutoffs is \(\), want at least 2"),
         ({"img_size": 16, "exact_end": True, "max_keep": 0.9}, "exact_end is True, want false unless max_keep"),
@@ -171,25 +178,21 @@ SCHEDULES = [
 OPENING = [c for c, _ in SCHEDULES if c.get("scale_schedule") != "fixed"]
 
 
-def forcing_config(**changes):
-    return ModelConfig(img_size=16, patch_size=4, **changes)
-
-
 @pytest.mark.parametrize("changes, want", SCHEDULES)
 def test_schedules_are_their_formulas(changes, want):
-    config = forcing_config(**changes)
+    config = ForcingConfig(**changes)
     np.testing.assert_allclose(cutoffs(config, TIMES), want, atol=1e-12)
     mask = 1 / (1 + np.exp(-30 * (want[:, None, None] - radial_frequency(16))))
-    np.testing.assert_allclose(masks(config, TIMES), mask, atol=1e-12)
-    np.testing.assert_allclose(masks(config, 0.3), mask[2:3], atol=1e-12)
+    np.testing.assert_allclose(masks(config, (16, 16), TIMES), mask, atol=1e-12)
+    np.testing.assert_allclose(masks(config, (16, 16), 0.3), mask[2:3], atol=1e-12)
 
 
 @pytest.mark.parametrize("exact_end", [False, True])
 @pytest.mark.parametrize("changes", OPENING)
 def test_the_operator_has_the_mask_of_its_schedule(changes, exact_end):
-    config = forcing_config(**changes, exact_end=exact_end)
-    mask = SpectralForcing.of(config).mask(mx.array(TIMES.astype(np.float32)))
-    np.testing.assert_allclose(np.asarray(mask), masks(config, TIMES.astype(np.float32)), atol=2e-6)
+    config = ForcingConfig(**changes, exact_end=exact_end)
+    mask = SpectralForcing.of(config, 16).mask(mx.array(TIMES.astype(np.float32)))
+    np.testing.assert_allclose(np.asarray(mask), masks(config, (16, 16), TIMES.astype(np.float32)), atol=2e-6)
 
 
 @pytest.mark.parametrize(
@@ -201,36 +204,36 @@ def test_the_operator_has_the_mask_of_its_schedule(changes, exact_end):
     ],
 )
 def test_exact_end_is_one_at_the_end_and_grows_towards_it(changes, sharpness, compiled):
-    config = ModelConfig(img_size=64, patch_size=32, mask_sharpness=sharpness, exact_end=True, **changes)
-    forcing = SpectralForcing.of(config)
+    config = ForcingConfig(mask_sharpness=sharpness, exact_end=True, **changes)
+    forcing = SpectralForcing.of(config, 64)
     t = np.linspace(0, 1, 301).astype(np.float32)
     mask = np.asarray((mx.compile(forcing.mask) if compiled else forcing.mask)(mx.array(t)))
     assert (mask[-1] == 1).all()  # to the bit
     assert mask.min() >= 0
     assert mask.max() <= 1
     assert np.diff(mask, axis=0).min() > -1e-6  # up to the rounding of e^x
-    assert (masks(config, 1.0) == 1).all()
+    assert (masks(config, (64, 64), 1.0) == 1).all()
     x = mx.random.normal((1, 3, 64, 64), key=mx.random.key(0))
     np.testing.assert_allclose(np.asarray(forcing(x, mx.array(1.0))), np.asarray(x), atol=2e-5)
 
 
 def test_a_steep_mask_does_not_overflow():
-    config = ModelConfig(img_size=32, patch_size=32, mask_sharpness=500.0)
+    config = ForcingConfig(mask_sharpness=500.0)
     t = np.linspace(0, 1, 17)
-    mask = SpectralForcing.of(config).mask(mx.array(t.astype(np.float32)))
-    np.testing.assert_allclose(np.asarray(mask), masks(config, t.astype(np.float32)), atol=5e-5)
+    mask = SpectralForcing.of(config, 32).mask(mx.array(t.astype(np.float32)))
+    np.testing.assert_allclose(np.asarray(mask), masks(config, (32, 32), t.astype(np.float32)), atol=5e-5)
 
 
 @pytest.mark.parametrize("changes, exact_end", [(c, i % 2 == 0) for i, c in enumerate(OPENING)])
 def test_every_schedule_differentiates_inside_compile(changes, exact_end):
     """In the image, and in t: against differences in float64 of the mask that the definition gives."""
-    config = forcing_config(**changes, exact_end=exact_end)
-    forcing, t = SpectralForcing.of(config), mx.array([0.21, 0.6])
+    config = ForcingConfig(**changes, exact_end=exact_end)
+    forcing, t = SpectralForcing.of(config, 16), mx.array([0.21, 0.6])
     x, g = (mx.random.normal((2, 3, 16, 16), key=mx.random.key(k)) for k in (1, 2))
     dx, dt = mx.compile(mx.grad(lambda x, t: (forcing(x, t) * g).sum(), argnums=(0, 1)))(x, t)
     np.testing.assert_allclose(np.asarray(dx), np.asarray(forcing(g, t)), atol=1e-5)
     h, t64 = 1e-5, np.asarray(t, np.float64)
-    slope = (masks(config, t64 + h) - masks(config, t64 - h)) / (2 * h)
+    slope = (masks(config, (16, 16), t64 + h) - masks(config, (16, 16), t64 - h)) / (2 * h)
     fx, fg = (dctn(np.asarray(v, np.float64), axes=(2, 3), norm="ortho") for v in (x, g))
     np.testing.assert_allclose(np.asarray(dt), (fx * fg * slope[:, None]).sum((1, 2, 3)), rtol=1e-3, atol=1e-3)
 
@@ -240,7 +243,7 @@ def test_every_schedule_differentiates_inside_compile(changes, exact_end):
     t=st.lists(st.floats(-0.5, 1.5), min_size=1, max_size=20).map(sorted),
 )
 def test_data_schedules_never_close(radii, t):
-    config = forcing_config(scale_schedule="data", schedule_cutoffs=(*radii, max(1.0, radii[-1])))
+    config = ForcingConfig(scale_schedule="data", schedule_cutoffs=(*radii, max(1.0, radii[-1])))
     c = cutoffs(config, np.array(t))
     assert (np.diff(c) >= -1e-12).all()
     assert cutoffs(config, 0.0) == pytest.approx(radii[0], abs=1e-12)
@@ -248,14 +251,14 @@ def test_data_schedules_never_close(radii, t):
 
 
 def test_forcings_in_words():
-    assert describe_forcing(forcing_config()) == "linear"
-    assert describe_forcing(forcing_config(scale_schedule="fixed", fixed_scale=0.5, window_size=8)) == (
+    assert describe_forcing(ForcingConfig()) == "linear"
+    assert describe_forcing(ForcingConfig(scale_schedule="fixed", fixed_scale=0.5, window_size=8)) == (
         "fixed at 0.5, windows of 8"
     )
     data = {"scale_schedule": "data", "schedule_cutoffs": (0.1, 1.0), "min_keep": 0.3}
-    assert describe_forcing(forcing_config(**data, mask_sharpness=20.0, exact_end=True)) == (
+    assert describe_forcing(ForcingConfig(**data, mask_sharpness=20.0, exact_end=True)) == (
         "data 0.1,1.0, sharpness 20.0, exact end"
     )
-    assert describe_forcing(forcing_config(scale_schedule="power", schedule_power=2, min_keep=0.3)) == (
+    assert describe_forcing(ForcingConfig(scale_schedule="power", schedule_power=2, min_keep=0.3)) == (
         "power 2.0 from 0.3 to 1.0"
     )

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoint import parameter_shapes
-from ..config import model_config
+from ..models import parameter_shapes
+from ..models.jit_sizes import model_config
 
 # run in the child: peak resident bytes after importing what the converter needs, and after converting
 _CHILD = """
 import json, resource, sys, time
-from mlx_sf.convert import convert
+from mlx_sf.checkpoints.convert.jit import convert
 import mlx.core as mx
 unit = 1 if sys.platform == "darwin" else 1024
 mx.eval(mx.zeros(1))

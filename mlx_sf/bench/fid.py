@@ -3,7 +3,6 @@
 Weights are random: speed does not depend on them, and none need be downloaded.
 """
 
-import importlib.util
 import json
 import os
 import statistics
@@ -15,9 +14,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..metrics.frechet import Gaussian, frechet_distance
 from ..metrics.inception import Inception
 from ..metrics.inception_weights import inception_shapes
+from ..metrics.moments import Gaussian, frechet_distance
+from ..parity.torch_fidelity import available, fidelity_distance, fidelity_extractor
 from .rates import Runs, alternate
 
 # run in the child: features of many images through the running statistics, and the distance, without the network
@@ -25,7 +25,7 @@ _CHILD = """
 import json, re, resource, sys, time
 from pathlib import Path
 import numpy as np
-from mlx_sf.metrics.frechet import Moments, frechet_distance
+from mlx_sf.metrics.moments import Moments, frechet_distance
 from mlx_sf.metrics.scores import InceptionScore
 def peak():
     status = Path("/proc/self/status")  # on Linux ru_maxrss starts with the parent's
@@ -74,15 +74,13 @@ def measure_fid(
     ways: Runs = {
         "mlx_sf": lambda: network.features(images, ["2048", "logits_unbiased"]),
     }
-    with_peer = peer and all(importlib.util.find_spec(m) for m in ("torch", "torch_fidelity"))
+    with_peer = peer and available()
     if with_peer:
-        from ..metrics.torch_peer import fidelity_extractor
-
         plain, last = fidelity_extractor(weights), fidelity_extractor(weights, channels_last=True)
         ways |= {"torch_fidelity": lambda: plain(images), "torch_fidelity_channels_last": lambda: last(images)}
     taken = alternate(ways, rounds)
     median = {name: statistics.median(seconds) for name, seconds in taken.items()}
-    result: dict[str, Any] = {"batch_size": batch_size, "lanes": network.lanes}
+    result: dict[str, Any] = {"batch_size": batch_size, "img_size": img_size, "rounds": rounds, "lanes": network.lanes}
     result |= {f"{name}_images_per_second": batch_size / seconds for name, seconds in median.items()}
     result |= {
         f"{name}_spread": f"{batch_size / max(s):.2f} to {batch_size / min(s):.2f} images/s"
@@ -111,8 +109,6 @@ def _distance(peer: bool) -> dict[str, float]:
         seconds.append(time.perf_counter() - start)
     result = {"distance_seconds": min(seconds)}
     if peer:
-        from ..metrics.torch_peer import fidelity_distance
-
         start = time.perf_counter()
         theirs = fidelity_distance(*(x for g in sides for x in (g.mu, g.sigma)))
         result["torch_fidelity_distance_seconds"] = time.perf_counter() - start

@@ -12,13 +12,15 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..config import ModelConfig, model_config
-from ..device import compile_by_default
-from ..lanes import split_batch
-from ..model import JiT, cast_products
-from ..report import forward_flops
-from ..sample import seeded_noise
-from ..spectral import SpectralForcing, dct2, dct_matrix, idct2, radial_frequency, radial_mask
+from ..dct import dct2, dct_matrix, idct2, radial_frequency
+from ..device.defaults import compile_by_default, dtype_name
+from ..device.lanes import split_batch
+from ..models.flops import forward_flops
+from ..models.jit import JiTConfig
+from ..models.jit_sizes import model_config
+from ..sampling.noise import seeded_noise
+from ..spectral import SpectralForcing, radial_mask
+from .network import network
 from .rates import Runs, alternate, product_rate
 
 Filter = Callable[[mx.array, mx.array], mx.array]  # images (B, 3, H, H) and times (B,) or (1,) -> images
@@ -63,9 +65,9 @@ def even_odd(n: int) -> Filter:
     return run
 
 
-def operator_flops(config: ModelConfig) -> int:
+def operator_flops(config: JiTConfig) -> int:
     """Floating-point operations of the forcing's four dense products for one image, a multiply-add counted as two."""
-    return forward_flops(config) - forward_flops(dataclasses.replace(config, spectral_forcing=False))
+    return forward_flops(config) - forward_flops(dataclasses.replace(config, forcing=None))
 
 
 def measure_forcing(size: str, img_size: int, batch: int, dtype: mx.Dtype, rounds: int = 9) -> dict[str, Any]:
@@ -74,17 +76,16 @@ def measure_forcing(size: str, img_size: int, batch: int, dtype: mx.Dtype, round
     The whole image is one window. `share` figures are of a forward pass of the network timed in the same rounds.
     """
     config = model_config(size, img_size=img_size)
-    model = JiT(config)
-    model.update(cast_products(model.parameters(), dtype))
-    x, y = seeded_noise(range(batch), img_size), mx.zeros((batch,), dtype=mx.int32)
+    model = network(config, dtype)
+    x, y = seeded_noise(range(batch), config.size), model.condition([0] * batch)
     times = {"per_image": mx.linspace(0.02, 0.98, batch), "shared": mx.array([0.4])}
-    mx.eval(model.parameters(), x, y, *times.values())
-    forms: dict[str, Filter] = {"forcing": SpectralForcing.of(config), "textbook": textbook(img_size)}
+    mx.eval(x, y, *times.values())
+    forms: dict[str, Filter] = {"forcing": SpectralForcing(img_size), "textbook": textbook(img_size)}
     if img_size % 2 == 0:
         forms["even_odd"] = even_odd(img_size)
 
-    def runner(network: Callable[..., mx.array], t: mx.array) -> Callable[[], None]:
-        run = mx.compile(network) if compile_by_default() else split_batch(network)
+    def runner(function: Callable[..., mx.array], t: mx.array) -> Callable[[], None]:
+        run = mx.compile(function) if compile_by_default() else split_batch(function)
         return lambda: mx.eval(run(x, t, y))
 
     runs: Runs = {"forward": runner(model, times["per_image"])}
@@ -95,7 +96,7 @@ def measure_forcing(size: str, img_size: int, batch: int, dtype: mx.Dtype, round
     forward, flops = statistics.median(taken["forward"]), operator_flops(config) * batch
     rate = product_rate(mx.float32)
     return {
-        "what": f"{size} at {img_size}, batch {batch}, whole image, {str(dtype).removeprefix('mlx.core.')} network",
+        "what": f"{size} at {img_size}, batch {batch}, whole image, {dtype_name(dtype)} network",
         "rounds": rounds,
         "forward_seconds": forward,
         **{f"{name}_seconds": statistics.median(v) for name, v in taken.items() if name != "forward"},

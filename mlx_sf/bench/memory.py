@@ -2,7 +2,7 @@
 
 A sampling process loads a checkpoint file of made-up weights, as `mlx-sf sample` does, and draws one batch with
 guidance. A training process takes three steps as `mlx-sf train` does; figures are those of the steps after the first,
-when weights, two EMAs, two moments and gradients all exist and nothing else does; in one lane, as on a GPU.
+when weights, two EMAs, two moments and gradients all exist and nothing else does.
 """
 
 import contextlib
@@ -22,15 +22,20 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..checkpoint import load_model, parameter_shapes, write_checkpoint
-from ..config import Config, QuantizationConfig, SampleConfig, model_config
-from ..device import DTYPES, compile_by_default, limit_cache, peak_memory
+from ..checkpoints.checkpoint import write_checkpoint
+from ..checkpoints.config import Config
+from ..checkpoints.load import load_model
+from ..device.defaults import DTYPES, compile_by_default, dtype_name, limit_cache, peak_memory
 from ..errors import MlxSfError
-from ..generate import Request, generate
-from ..model import JiT
-from ..quantize import quantized_entries
-from ..tensor_file import Entry
-from ..train import StepOptions, TrainStep, draws, initial_arrays, trainable
+from ..formats.tensor_file import Entry
+from ..models import architecture, parameter_shapes
+from ..models.jit_sizes import model_config
+from ..models.quantize import QuantizationConfig, quantized_entries
+from ..sampling.generate import generate
+from ..sampling.request import Request
+from ..sampling.solvers import SampleConfig
+from ..training.step import StepOptions
+from .training import RepeatedStep
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,40 @@ class Cell:
         extra = f", {self.bits} bits" if self.bits else ""
         extra += ", gradient checkpointing" if self.grad_checkpoint else ""
         return f"{self.task} {self.size} at {self.img_size}, batch {self.batch}, {self.dtype}{extra}"
+
+
+def cells_of(
+    tasks: Sequence[str],
+    sizes: str,
+    img_size: int,
+    batches: str,
+    train_batches: str,
+    dtype: mx.Dtype,
+    bits: str | None,
+    steps: int,
+) -> list[Cell]:
+    """The cells of lists with commas: `sizes` of networks, `batches` of sampling, `train_batches` of training.
+
+    Training is measured twice, with and without gradient checkpointing.
+    """
+    name, names, cells = dtype_name(dtype), [s.strip() for s in sizes.split(",")], []
+    if "sample" in tasks:
+        q = int(bits) if bits else None
+        cells += [Cell("sample", s, img_size, b, name, steps, q) for s in names for b in _numbers(batches)]
+    if "train" in tasks:
+        trained = [(s, b, c) for s in names for b in _numbers(train_batches) for c in (False, True)]
+        cells += [Cell("train", s, img_size, b, name, grad_checkpoint=c) for s, b, c in trained]
+    return cells
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or min(values) < 1:
+        raise MlxSfError(f"batch sizes {text!r}, want whole numbers from 1, with commas between")
+    return values
 
 
 def measure_memory(cells: Sequence[Cell], on_cell: Callable[[], None] | None = None) -> Iterator[dict[str, Any]]:
@@ -92,7 +131,7 @@ def _weights_file(folder: Path, cell: Cell) -> Path:
         Entry(name, "float32", shape, partial(np.full, shape, 0.01, np.float32))
         for name, shape in parameter_shapes(config.model).items()
     ]
-    write_checkpoint(path, quantized_entries(entries, q) if q else entries, config)
+    write_checkpoint(path, quantized_entries(entries, q, architecture(config.model)) if q else entries, config)
     return path
 
 
@@ -110,9 +149,9 @@ def _sample(cell: Cell, path: str) -> dict[str, int]:
     model, config = load_model(path, dtype=DTYPES[cell.dtype])
     loading, weights = mx.get_peak_memory(), mx.get_active_memory()
     # the interval starts at 0, so that each evaluation is guided
-    config = config.replace(sample=SampleConfig("heun", cell.steps, 2.9, 0.0, 1.0))
+    sample = SampleConfig("heun", cell.steps, 2.9, 0.0, 1.0)
     request = Request(tuple(i % 10 for i in range(cell.batch)), tuple(range(cell.batch)))
-    for _, state in generate(model, config, request, cell.batch):
+    for _, state in generate(model, config.flow, sample, request, cell.batch):
         mx.eval(state.z)
     peaks = peak_memory()
     return {"weights": weights, "loading": loading, "mlx_peak": peaks["mlx"], "process_peak": peaks["process"]}
@@ -120,15 +159,11 @@ def _sample(cell: Cell, path: str) -> dict[str, int]:
 
 def _train(cell: Cell) -> dict[str, int]:
     config = Config(model_config(cell.size, img_size=cell.img_size))
-    model, H = JiT(config.model), cell.img_size
     options = StepOptions(dtype=DTYPES[cell.dtype], compile=compile_by_default(), grad_checkpoint=cell.grad_checkpoint)
-    step, arrays = TrainStep(model, config.flow, options), initial_arrays(trainable(model))
-    images, labels = np.zeros((cell.batch, H, H, 3), np.uint8), np.zeros(cell.batch, np.int64)
-    for number in (1, 2, 3):
-        d = draws(0, number, cell.batch, slice(0, cell.batch), H)
-        arrays, loss, _ = step(arrays, images, labels, d, 1e-4, number, (0.999, 0.9999))
-        mx.eval(arrays, loss)
-        if number == 1:  # the averages begin as the weights themselves, in the same memory: not yet the real state
+    step = RepeatedStep(config, cell.batch, options)
+    for _ in range(3):
+        step()
+        if step.number == 1:  # the averages begin as the weights themselves, in the same memory: not yet the real state
             first, state = mx.get_peak_memory(), mx.get_active_memory()
             mx.clear_cache()
             mx.reset_peak_memory()

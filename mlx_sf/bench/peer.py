@@ -12,8 +12,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..device import on_gpu
-from ..lanes import cores
+from ..device.defaults import on_gpu
+from ..device.lanes import cores
 from .rates import product_rate, timing
 
 
@@ -68,6 +68,7 @@ def compared(taken: dict[str, list[float]], flops: int, dtype: mx.Dtype, peer: P
     peak, mlx, rate = mx.get_peak_memory(), timing("mlx", taken["mlx"]), product_rate(dtype)
     result: dict[str, Any] = {
         "mlx_threads": cores(),
+        "rounds": len(taken["mlx"]),
         **mlx,
         "mlx_peak_bytes": peak,
         "flops": flops,

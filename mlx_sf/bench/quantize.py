@@ -2,20 +2,24 @@
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, get_args
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ..checkpoint import Checkpoint, load_model, resolve
-from ..config import Config, LayerKind, ModelConfig, QuantizationConfig, model_config
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.config import Config
+from ..checkpoints.load import demo_checkpoint, load_model, resolve
+from ..common.pixels import from_uint8
+from ..data.scenes import scene
 from ..flow import add_noise, velocity
-from ..model import JiT, is_product_operand
-from ..quantize import dequantize, is_quantized, layer_kind, quantize, quantize_layers, stored
-from ..sample import seeded_noise
-from ..scenes import scene
-from ..train import Weights, pixels
+from ..models import Architecture, architecture
+from ..models.jit import JiT, layer_kind
+from ..models.jit_sizes import model_config
+from ..models.quantize import QuantizationConfig, dequantize, is_quantized, quantize, quantize_layers, stored
+from ..sampling.noise import seeded_noise
+from ..training.step import Weights
 
 TIMES = (0.02, 0.1, 0.3, 0.5, 0.7, 0.9)
 BITS = (8, 4)
@@ -46,10 +50,11 @@ def measure_quantization(ckpt: str | None, size: str, img_size: int, batch: int,
 
     An error is that of the network's output and of its velocity on noisy built-in scenes: the root of the squared
     difference over the squared magnitude, taken over the batch, then the root mean square over `TIMES`. The quantised
-    weights are expanded first, which changes nothing but rounding and is fast everywhere.
+    weights are expanded first, which changes nothing but rounding and is fast everywhere. "demo" is the model that
+    comes with the program.
     """
     if ckpt is not None:
-        checkpoint = Checkpoint(resolve(ckpt))
+        checkpoint = Checkpoint(demo_checkpoint() if ckpt == "demo" else resolve(ckpt))
         checkpoint.require_floats()
         model, config = load_model(checkpoint)
         leaves: Any = tree_flatten(model.parameters())
@@ -58,42 +63,42 @@ def measure_quantization(ckpt: str | None, size: str, img_size: int, batch: int,
         config = Config(model_config(size, img_size=img_size), name=f"{size}, random weights")
         model = JiT(config.model)
         weights = random_weights(model)
-    total = sum(w.size for w in weights.values())
+    kind, total = architecture(config.model), sum(w.size for w in weights.values())
     run = _runner(model, config, batch)
     exact = run(weights)
     rows = []
-    for label, layers in _choices():
+    for label, layers in _choices(kind):
         row: dict[str, Any] = {"layers": label}
         for bits in BITS:
             q = QuantizationConfig(bits, group_size, layers)
-            chosen = {k for k in weights if is_quantized(k, q)}
+            chosen = {k for k in weights if is_quantized(k, q, kind)}
             row["share"] = sum(weights[k].size for k in chosen) / total
             row[f"output_error_{bits}"], row[f"velocity_error_{bits}"] = _errors(
                 run({k: _rounded(w, q) if k in chosen else w for k, w in weights.items()}), exact
             )
         rows.append(row)
     return {
-        "what": f"{config.name} at {config.model.img_size}, {batch} images, groups of {group_size}",
+        "what": f"{config.name} at {config.model.size[0]}, {batch} images, groups of {group_size}",
         "rows": rows,
-        "file_bytes": {"float32": 4 * total, "bfloat16": _half_bytes(weights)}
-        | {f"{bits} bits": file_bytes(weights, QuantizationConfig(bits, group_size)) for bits in BITS},
+        "file_bytes": {"float32": 4 * total, "bfloat16": _half_bytes(weights, kind)}
+        | {f"{bits} bits": file_bytes(weights, QuantizationConfig(bits, group_size), kind) for bits in BITS},
     }
 
 
-def _choices() -> Iterator[tuple[str, tuple[str, ...]]]:
+def _choices(kind: Architecture) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Each kind of layer alone, the default, and everything."""
-    kinds = get_args(LayerKind)
-    yield from ((kind, (kind,)) for kind in kinds)
+    kinds = kind.layer_kinds
+    yield from ((layer, (layer,)) for layer in kinds)
     yield "default", QuantizationConfig(8).layers
     yield "all", kinds
 
 
 def _runner(model: JiT, config: Config, batch: int) -> Callable[[Weights], list[tuple[mx.array, mx.array]]]:
     c = config.model
-    drawn = [scene(i, c.img_size) for i in range(batch)]
-    x = pixels(mx.array(np.stack([picture for picture, _ in drawn])))
-    y = mx.array([label % c.num_classes for _, label in drawn])
-    noise = seeded_noise(range(batch), c.img_size)
+    drawn = [scene(i, c.size[0]) for i in range(batch)]
+    x = from_uint8(mx.array(np.stack([picture for picture, _ in drawn])))
+    y = model.condition([label % c.num_classes for _, label in drawn])
+    noise = seeded_noise(range(batch), c.size)
 
     def run(weights: Weights) -> list[tuple[mx.array, mx.array]]:
         model.load_weights(list(weights.items()))
@@ -122,27 +127,28 @@ def _errors(got: list[tuple[mx.array, mx.array]], want: list[tuple[mx.array, mx.
     return float(output), float(velocity_)
 
 
-def file_bytes(weights: Weights, q: QuantizationConfig) -> int:
+def file_bytes(weights: Weights, q: QuantizationConfig, kind: Architecture) -> int:
     """Bytes of a network's tensors in a quantised file whose other tensors are float32."""
     total = 0
     for name, w in weights.items():
-        for types, shape in stored(name, tuple(w.shape), q).values():
-            total += (4 if "uint32" in types or not is_quantized(name, q) else 2) * int(np.prod(shape))
+        for types, shape in stored(name, tuple(w.shape), q, kind).values():
+            total += (4 if "uint32" in types or not is_quantized(name, q, kind) else 2) * int(np.prod(shape))
     return total
 
 
-def _half_bytes(weights: Weights) -> int:
-    return sum((2 if is_product_operand(name) else 4) * w.size for name, w in weights.items())
+def _half_bytes(weights: Weights, kind: Architecture) -> int:
+    return sum((2 if kind.is_product_operand(name) else 4) * w.size for name, w in weights.items())
 
 
 def measure_quantized_speed(size: str, img_size: int, batch: int, group_size: int, rounds: int) -> dict[str, Any]:
     """Seconds of a forward pass with float32 weights, with 8 and with 4 bits, taking turns; the best of `rounds`."""
-    config: ModelConfig = model_config(size, img_size=img_size)
+    config = model_config(size, img_size=img_size)
     networks: dict[str, JiT] = {"float32": JiT(config)}
     for bits in BITS:
         networks[f"{bits}_bits"] = JiT(config)
-        quantize_layers(networks[f"{bits}_bits"], QuantizationConfig(bits, group_size))
-    x, t, y = seeded_noise(range(batch), img_size), mx.full((batch,), 0.5), mx.zeros((batch,), dtype=mx.int32)
+        quantize_layers(networks[f"{bits}_bits"], QuantizationConfig(bits, group_size), architecture(config))
+    x, t = seeded_noise(range(batch), config.size), mx.full((batch,), 0.5)
+    y = networks["float32"].condition([0] * batch)
     mx.eval(x, t, y, *(n.parameters() for n in networks.values()))
     seconds = dict.fromkeys(networks, float("inf"))
     for _ in range(rounds):
@@ -150,6 +156,9 @@ def measure_quantized_speed(size: str, img_size: int, batch: int, group_size: in
             start = time.perf_counter()
             mx.eval(network(x, t, y))
             seconds[name] = min(seconds[name], time.perf_counter() - start)
-    result: dict[str, Any] = {"what": f"forward pass, {size} at {img_size}, batch {batch}, groups of {group_size}"}
+    result: dict[str, Any] = {
+        "what": f"forward pass, {size} at {img_size}, batch {batch}, groups of {group_size}",
+        "rounds": rounds,
+    }
     result |= {f"{name}_seconds": s for name, s in seconds.items()}
     return result | {f"{bits}_bits_over_float32": seconds[f"{bits}_bits"] / seconds["float32"] for bits in BITS}

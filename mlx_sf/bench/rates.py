@@ -7,8 +7,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from .. import _blas
-from ..lanes import cores
+from ..device import blas
+from ..device.lanes import cores
 
 Runs = dict[str, Callable[[], object]]
 
@@ -41,5 +41,5 @@ def product_rate(dtype: mx.Dtype, n: int | None = None, rounds: int = 5) -> floa
     n = n or (2048 if mx.default_device() == mx.Device(mx.cpu) else 8192)
     a, b = (mx.random.normal((n, n), key=mx.random.key(k)).astype(dtype) for k in (0, 1))
     mx.eval(a, b)
-    _blas.set_threads(cores())
+    blas.set_threads(cores())
     return 2 * n**3 / min(alternate({"product": lambda: mx.eval(a @ b)}, rounds)["product"])

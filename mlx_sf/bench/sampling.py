@@ -1,17 +1,21 @@
 """Whole guided samples against the published loop in PyTorch, in one process, by turns."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from ..config import Config, SampleConfig, model_config
-from ..device import compile_by_default, dtype_name
-from ..generate import ahead
-from ..model import JiT, cast_products
-from ..report import forward_flops
-from ..sample import Sampler, evaluations, seeded_noise
+from ..checkpoints.config import Config
+from ..device.defaults import compile_by_default, dtype_name
+from ..models.flops import forward_flops
+from ..models.jit_sizes import model_config
+from ..sampling.generate import ahead
+from ..sampling.noise import seeded_noise
+from ..sampling.sampler import Sampler
+from ..sampling.solvers import SampleConfig, evaluations
+from .network import network
 from .peer import Peer, compared, find_peer
 from .rates import Runs, alternate
 
@@ -38,14 +42,12 @@ def measure_sampling(
     sample = SampleConfig(method, steps, cfg, 0.1, 1.0)  # type: ignore[arg-type]
     config = Config(model_config(size, img_size=img_size), sample=sample)
     compiled = compile_by_default() if compile is None else compile
-    model = JiT(config.model)
-    model.update(cast_products(model.parameters(), dtype))
-    noise, labels = seeded_noise(range(batch), img_size), mx.arange(batch) % config.model.num_classes
-    mx.eval(model.parameters(), noise)
-    sampler = Sampler(model, config, compiled)
+    noise, classes = seeded_noise(range(batch), config.model.size), [i % config.model.num_classes for i in range(batch)]
+    mx.eval(noise)
+    sampler = Sampler(network(config.model, dtype), config.flow, sample, compiled)
 
     def ours() -> None:
-        for _ in ahead(sampler.states(noise, labels)):
+        for _ in ahead(sampler.states(noise, classes)):
             pass
 
     runs: Runs = {"mlx": ours}
@@ -67,16 +69,16 @@ def measure_sampling(
 def _published_loop(config: Config, batch: int, peer: Peer) -> Callable[[], None]:
     import torch
 
-    from ..peer_torch import TorchJiT, torch_sample
+    from ..parity.torch_jit import TorchJiT, torch_sample
 
-    network = peer.network(TorchJiT(config.model).eval())
-    config = config.replace(method="heun")
-    noise = torch.from_numpy(np.array(seeded_noise(range(batch), config.model.img_size))).to(peer.device)
+    torch_network = peer.network(TorchJiT(config.model).eval())
+    config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, method="heun"))
+    noise = torch.from_numpy(np.array(seeded_noise(range(batch), config.model.size))).to(peer.device)
     labels = torch.arange(batch, device=peer.device) % config.model.num_classes
 
     def run() -> None:
         with torch.inference_mode(), peer.autocast():
-            torch_sample(network, config, noise, labels)
+            torch_sample(torch_network, config, noise, labels)
         peer.synchronize()
 
     return run

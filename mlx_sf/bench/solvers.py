@@ -1,6 +1,5 @@
 """How far each solver's pictures are from those of 1,000 Heun steps, over the number of network evaluations."""
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,23 +8,26 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..checkpoint import demo_checkpoint, load_model
-from ..config import Config, FlowConfig, PredParam, SampleConfig, model_config
-from ..device import compile_by_default
-from ..files import replacing
-from ..model import JiT
-from ..progress import Progress
-from ..sample import Sampler, evaluations, seeded_noise
+from ..checkpoints.config import Config
+from ..checkpoints.load import demo_checkpoint, load_model
+from ..common.files import replacing
+from ..common.progress import Progress
+from ..device.defaults import compile_by_default
+from ..flow import FlowConfig, PredParam
+from ..models.jit import JiT
+from ..models.jit_sizes import model_config
+from ..sampling.noise import seeded_noise
+from ..sampling.sampler import Sampler
+from ..sampling.solvers import SampleConfig, evaluations
 
-REFERENCE = ("heun", 1000)
 STEPS = {
     "euler": (4, 6, 8, 12, 16, 25, 36, 50, 100),
     "heun": (2, 3, 4, 6, 8, 12, 18, 25, 50),
     "multistep": (4, 6, 8, 12, 16, 25, 36, 50, 100),
 }
-_RANDOM: dict[str, dict[str, Any]] = {
+RANDOM: dict[str, dict[str, Any]] = {
     "random, x-prediction": {},
-    "random, x-prediction, no forcing, noise 2": {"spectral_forcing": False, "noise_scale": 2.0},
+    "random, x-prediction, no forcing, noise 2": {"forcing": None, "noise_scale": 2.0},
     "random, v-prediction": {"pred_param": "v"},
     "random, hybrid": {"pred_param": "hybrid"},
 }
@@ -40,12 +42,18 @@ CASES: dict[str, tuple[str, float]] = {
 }
 
 
-def random_network(pred_param: PredParam = "x", seed: int = 0, **changes: Any) -> tuple[JiT, Config]:
-    """A small untrained network in which every parameter acts: what the usual start leaves at zero is random, too."""
+def random_network(
+    pred_param: PredParam = "x", seed: int = 0, noise_scale: float = 1.0, **fields: Any
+) -> tuple[JiT, Config]:
+    """A small untrained network in which every parameter acts: what the usual start leaves at zero is random, too.
+
+    `fields` are those of `JiTConfig`.
+    """
+    channels = 6 if pred_param == "hybrid" else 3
     config = Config(
-        model_config("nano", 8, 32, depth=2, num_classes=10, out_channels=6 if pred_param == "hybrid" else 3),
-        FlowConfig(pred_param=pred_param),
-    ).replace(**changes)
+        model_config("nano", 8, 32, depth=2, num_classes=10, out_channels=channels, **fields),
+        FlowConfig(pred_param=pred_param, noise_scale=noise_scale),
+    )
     model = JiT(config.model, mx.random.key(seed))
     leaves: Any = tree_flatten(model.parameters())
     keys = mx.random.split(mx.random.key(seed + 1), len(leaves))
@@ -65,9 +73,12 @@ def random_network(pred_param: PredParam = "x", seed: int = 0, **changes: Any) -
 
 
 def measure_solvers(
-    cases: Iterable[str] = tuple(CASES), images: int = 2, steps: Mapping[str, Sequence[int]] = STEPS
+    cases: Iterable[str] = tuple(CASES),
+    images: int = 2,
+    steps: Mapping[str, Sequence[int]] = STEPS,
+    reference: tuple[str, int] = ("heun", 1000),
 ) -> dict[str, list[dict[str, Any]]]:
-    """Root mean square distance, over pixels and images, of each solver's result from that of 1,000 Heun steps.
+    """Root mean square distance, over pixels and images, of each solver's result from that of the `reference`.
 
     All solve the same flow with the same noise, classes and bound of 1 - t. Returns, for each case, a row per solver
     and number of steps: method, steps, evaluations of the network per image, distance (images are in [-1, 1]).
@@ -75,16 +86,16 @@ def measure_solvers(
     result: dict[str, list[dict[str, Any]]] = {}
     for case in cases:
         name, cfg = CASES[case]
-        model, config = load_model(demo_checkpoint()) if name == "demo" else random_network(**_RANDOM[name])
-        noise = seeded_noise(range(images), config.model.img_size)
-        labels = mx.arange(images) % config.model.num_classes
-        runs = [REFERENCE, *((method, n) for method, counts in steps.items() for n in counts)]
+        model, config = load_model(demo_checkpoint()) if name == "demo" else random_network(**RANDOM[name])
+        noise = seeded_noise(range(images), config.model.size)
+        classes = [i % config.model.num_classes for i in range(images)]
+        runs = [reference, *((method, n) for method, counts in steps.items() for n in counts)]
         with Progress(sum(n for _, n in runs), case, "steps") as bar:
             finished = []
             for method, n in runs:
                 sample = SampleConfig(method, n, cfg, 0.1, 1.0)  # type: ignore[arg-type]
-                sampler = Sampler(model, dataclasses.replace(config, sample=sample), compile_by_default())
-                for state in sampler.states(noise, labels):
+                sampler = Sampler(model, config.flow, sample, compile_by_default())
+                for state in sampler.states(noise, classes):
                     mx.eval(state.z)
                     bar.update()
                 finished.append(np.array(state.z))
@@ -128,15 +139,3 @@ def plot_solvers(path: Path, result: Mapping[str, Sequence[Mapping[str, Any]]]) 
     figure.supylabel("RMS distance to 1,000 Heun steps")
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
-
-
-def solver_lines(result: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-    """The measurements as a table: distance for each solver and number of evaluations."""
-    lines = []
-    for case, measured in result.items():
-        lines.append(case)
-        lines += [
-            f"  {r['method']:<10} {r['steps']:4d} steps {r['evaluations']:4d} evaluations  {r['distance']:.4f}"
-            for r in measured
-        ]
-    return lines

@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import MlxSfError
-from ..files import replacing
+from ..common.files import replacing
+from ..errors import MlxSfError, option
+from . import tables
+from .tables import TIMED, Table
 
 Record = dict[str, Any]
 # the sub-commands with their options; {out} is the folder of the results
@@ -22,31 +24,41 @@ PARTS: dict[str, list[str]] = {
     "profile-sample": ["profile", "sample"],
     "profile-train": ["profile", "train"],
     "quantize": ["quantize"],
+    "quantize-demo": ["quantize", "--ckpt", "demo", "--batch-size", "16", "--no-speed"],
     "memory": ["memory"],
     "solvers": ["solvers", "--output", "{out}/solvers.png"],
 }
 DEFAULT = ("forward", "sample", "train", "forcing", "fid", "convert", "profile-sample", "profile-train")
 
 
-def chosen(text: str) -> list[str]:
-    """Names of parts from a list with commas; "all" is all of them."""
-    names = list(PARTS) if text == "all" else [name.strip() for name in text.split(",")]
+def chosen(text: str | None) -> dict[str, list[str]]:
+    """Parts from a list of their names with commas: "all" is all of them, None those that take minutes, not hours."""
+    if text is None:
+        names = list(DEFAULT)
+    else:
+        names = list(PARTS) if text == "all" else [name.strip() for name in text.split(",")]
     for name in names:
         if name not in PARTS:
-            raise MlxSfError(f"--suite has {name!r}, want some of {', '.join(PARTS)}, with commas between, or all")
-    return names
+            known = ", ".join(PARTS)
+            raise MlxSfError(f"{option('suite')} has {name!r}, want some of {known}, with commas between, or all")
+    return {name: PARTS[name] for name in names}
 
 
-def run_suite(names: Sequence[str], folder: Path) -> Iterator[tuple[str, Record]]:
-    """Measure the parts one after another; a record each, with an "error" where one did not get through.
+def run_suite(
+    parts: Mapping[str, Sequence[str]], folder: Path, docs: Path | None = None
+) -> Iterator[tuple[str, Record]]:
+    """Measure the parts, command lines by name, one after another.
 
-    Everything measured so far lies in `folder`/bench.json at any time.
+    Yields a record each, with an "error" where one did not get through. Everything measured so far lies in
+    `folder`/bench.json at any time. With `docs` each part also writes its pages there.
     """
     done: dict[str, Record] = {}
-    for name in names:
-        arguments = [a.format(out=folder) for a in PARTS[name]]
+    for name, part in parts.items():
+        arguments = [a.format(out=folder) for a in part]
         command = [sys.executable, "-m", "mlx_sf.cli", "bench", *arguments, "--json"]
-        ended = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        ended = subprocess.run(
+            command + (["--write-docs", str(docs)] if docs else []), stdout=subprocess.PIPE, text=True
+        )
         try:
             done[name] = json.loads(ended.stdout)
         except ValueError:
@@ -57,56 +69,22 @@ def run_suite(names: Sequence[str], folder: Path) -> Iterator[tuple[str, Record]
         yield name, done[name]
 
 
-def table(records: dict[str, Record]) -> list[str]:
+def table(records: Mapping[str, Record]) -> list[str]:
     """Markdown: a row per part that has a single figure; profiles, memory and precision print tables of their own."""
-    lines = ["| what | mlx-sf | PyTorch | ratio | share of product rate | peak memory |", "|---|---|---|---|---|---|"]
-    for name, record in records.items():
-        if name in _ROWS and "error" not in record:
-            lines.append("| " + " | ".join(_ROWS[name](record)) + " |")
-    return lines
+    rows = (_ROWS[name](record) for name, record in records.items() if name in _ROWS and "error" not in record)
+    return Table(TIMED, tuple(rows)).markdown()
 
 
-def _timed(r: Record) -> list[str]:
-    other = f"{r['torch_seconds']:.2f} s ({r['torch_spread']})" if "torch_seconds" in r else ""
-    ratio = f"{r['torch_over_mlx']:.2f}" if "torch_over_mlx" in r else ""
-    share = f"{r['share_of_product_rate']:.0%}" if "share_of_product_rate" in r else ""
-    ours = f"{r['mlx_seconds']:.2f} s ({r['mlx_spread']})"
-    return [r["what"], ours, other, ratio, share, f"{r['mlx_peak_bytes'] / 1e9:.2f} GB"]
+def failures(records: Mapping[str, Record]) -> list[str]:
+    """The parts that did not get through, each with what is known of it."""
+    return [f"{name} ({r['error']})" for name, r in records.items() if "error" in r]
 
 
-def _forcing(r: Record) -> list[str]:
-    times, shared = (f"{1000 * r[f'forcing_{k}_seconds']:.1f} ms" for k in ("per_image", "shared"))
-    of = " and ".join(f"{r[f'share_of_forward_{k}']:.2%}" for k in ("per_image", "shared"))
-    share = f"{r['share_of_product_rate']:.0%}"
-    return [
-        f"forcing, {r['what']}: a time per image, shared",
-        f"{times}, {shared}: {of} of a forward",
-        "",
-        "",
-        share,
-        "",
-    ]
-
-
-def _fid(r: Record) -> list[str]:
-    def rate(name: str) -> str:
-        key = f"{name}_images_per_second"
-        return f"{r[key]:.1f} images/s ({r[f'{name}_spread']})" if key in r else ""
-
-    ratio = f"{r['speed_over_peer']:.2f}" if "speed_over_peer" in r else ""
-    memory = f"{r['network_peak_bytes'] / 1e9:.2f} GB"
-    return ["FID features, 256 x 256 pictures", rate("mlx_sf"), rate("torch_fidelity"), ratio, "", memory]
-
-
-def _convert(r: Record) -> list[str]:
-    return ["converting a checkpoint", f"{r['seconds']:.1f} s", "", "", "", f"{r['peak_bytes'] / 1e9:.2f} GB"]
-
-
-_ROWS: dict[str, Callable[[Record], list[str]]] = {
-    "forward": _timed,
-    "sample": _timed,
-    "train": _timed,
-    "forcing": _forcing,
-    "fid": _fid,
-    "convert": _convert,
+_ROWS: dict[str, Callable[[Record], tuple[str, ...]]] = {
+    "forward": tables.timed_row,
+    "sample": tables.timed_row,
+    "train": tables.timed_row,
+    "forcing": tables.forcing_row,
+    "fid": tables.fid_row,
+    "convert": tables.convert_row,
 }

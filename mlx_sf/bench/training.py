@@ -6,17 +6,45 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .. import lanes
-from ..config import Config, ModelConfig, model_config
-from ..device import dtype_name
-from ..model import JiT
-from ..report import forward_flops
-from ..train import StepOptions, TrainStep, draws, initial_arrays, trainable
+from ..checkpoints.config import Config
+from ..device.defaults import dtype_name
+from ..models.flops import forward_flops
+from ..models.jit import JiT, JiTConfig
+from ..models.jit_sizes import model_config
+from ..training.step import StepOptions, TrainStep, draws, initial_arrays, trainable
 from .peer import Peer, compared, find_peer
 from .rates import Runs, alternate
 
 EMA_DECAYS = (0.9999, 0.9996)
 LR = 1e-4
+
+
+class RepeatedStep:
+    """A training run of made-up pictures: each call takes one step on the same batch and evaluates it."""
+
+    def __init__(self, config: Config, batch: int, options: StepOptions) -> None:
+        network = JiT(config.model)
+        self.step = TrainStep(network, config.flow, options)
+        self.arrays = initial_arrays(trainable(network))
+        self.size, self.number = config.model.size, 0
+        self.images, labels = made_up_batch(config.model, batch)
+        self.condition = network.condition([int(y) for y in labels])
+        self.null = network.condition([None] * batch)
+
+    def __call__(self) -> None:
+        self.number += 1
+        batch = len(self.images)
+        d = draws(0, self.number, batch, slice(0, batch), self.size)
+        self.arrays, loss, _ = self.step(
+            self.arrays, self.images, self.condition, self.null, d, LR, self.number, EMA_DECAYS
+        )
+        mx.eval(self.arrays, loss)
+
+
+def made_up_batch(config: JiTConfig, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random pictures (B, H, W, 3) uint8 and labels (B,)."""
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, (batch, *config.size, 3), dtype=np.uint8), rng.integers(0, config.num_classes, batch)
 
 
 def measure_training(
@@ -34,8 +62,8 @@ def measure_training(
     FLOPs count three forward passes' products.
     """
     config = Config(model_config(size, img_size=img_size))
-    options = StepOptions(dtype=dtype, compile=compile, grad_checkpoint=grad_checkpoint, lanes=lanes.count())
-    runs: Runs = {"mlx": _mlx_step(config, batch, options)}
+    options = StepOptions(dtype=dtype, compile=compile, grad_checkpoint=grad_checkpoint)
+    runs: Runs = {"mlx": RepeatedStep(config, batch, options)}
     other = find_peer(dtype, peer)
     if other:
         runs["torch"] = _torch_step(config.model, batch, other)
@@ -53,34 +81,11 @@ def measure_training(
     return result | {"images_per_second": batch / result["mlx_seconds"]}
 
 
-def _batch(config: ModelConfig, batch: int) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(0)
-    shape = (batch, config.img_size, config.img_size, 3)
-    return rng.integers(0, 256, shape, dtype=np.uint8), rng.integers(0, config.num_classes, batch)
-
-
-def _mlx_step(config: Config, batch: int, options: StepOptions) -> Callable[[], None]:
-    model = JiT(config.model)
-    step = TrainStep(model, config.flow, options)
-    arrays = initial_arrays(trainable(model))
-    images, labels = _batch(config.model, batch)
-    count = 0
-
-    def run() -> None:
-        nonlocal arrays, count
-        count += 1
-        d = draws(0, count, batch, slice(0, batch), config.model.img_size)
-        arrays, loss, _ = step(arrays, images, labels, d, LR, count, EMA_DECAYS)
-        mx.eval(arrays, loss)
-
-    return run
-
-
-def _torch_step(config: ModelConfig, batch: int, peer: Peer) -> Callable[[], None]:
+def _torch_step(config: JiTConfig, batch: int, peer: Peer) -> Callable[[], None]:
     """The published trainer's step: AdamW in its fused form, EMAs with multi-tensor operations."""
     import torch
 
-    from ..peer_torch import TorchJiT
+    from ..parity.torch_jit import TorchJiT
 
     bare = TorchJiT(config).to(peer.device)
     network = peer.network(bare)
@@ -89,7 +94,7 @@ def _torch_step(config: ModelConfig, batch: int, peer: Peer) -> Callable[[], Non
     groups.append({"params": [p for p in parameters if p.ndim >= 2]})
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     emas = [[p.detach().clone() for p in parameters] for _ in EMA_DECAYS]
-    pictures, classes = _batch(config, batch)
+    pictures, classes = made_up_batch(config, batch)
     images, labels = torch.from_numpy(pictures).to(peer.device), torch.from_numpy(classes).to(peer.device)
 
     def run() -> None:

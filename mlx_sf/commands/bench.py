@@ -1,24 +1,41 @@
 """`mlx-sf bench`: how fast, and with how much memory, on this machine."""
 
+import functools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import click
+from click.core import ParameterSource
 
-from ..config import Method
-from ..device import DTYPES, describe, dtype_name, limit_cache, pick_dtype
+from ..common.files import check_writable, replacing, writable_folder
+from ..common.progress import Progress
+from ..device.defaults import DTYPES, describe, limit_cache, pick_dtype
 from ..errors import MlxSfError
-from ..files import check_writable, replacing, writable_folder
-from ..progress import Progress
+from ..sampling.solvers import Method
+
+_docs = click.option("--write-docs", metavar="DIR", help="Keep the result in DIR as a record, and write DIR's pages.")
+_size = click.option("--size", default="B/32", show_default=True, help="Network, such as small/16 or B/32.")
+_img = click.option("--img-size", type=int, default=256, show_default=True, help="Side of the images in pixels.")
+_batch = click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Images in a batch.")
+_dtype = click.option(
+    "--dtype",
+    type=click.Choice(list(DTYPES)),
+    help="Type of the matrix products. [default: bfloat16 on a GPU, else float32]",
+)
+_peer = click.option("--peer/--no-peer", default=True, help="Also time PyTorch, where it is installed.")
+
+Measured = tuple[dict[str, Any], Callable[[Any], list[str]]]  # a result, and how it is printed
 
 
 @click.group(short_help="Measure speed and memory on this machine.", invoke_without_command=True)
 @click.option("--suite", help="Parts with commas, or all. [default: all that takes minutes, not hours]")
 @click.option("--output", "-o", default="bench", show_default=True, help="Folder of the suite's results.")
+@_docs
 @click.pass_context
-def command(context: click.Context, suite: str | None, output: str) -> None:
+def command(context: click.Context, suite: str | None, output: str, write_docs: str | None) -> None:
     """Measure speed and memory on this machine: ratios against a peer in the same run, where one is installed.
 
     Without a command the whole suite runs, each part in a process of its own: OUTPUT/bench.json, OUTPUT/table.md.
@@ -26,51 +43,70 @@ def command(context: click.Context, suite: str | None, output: str) -> None:
     limit_cache()
     if context.invoked_subcommand is not None:
         return
-    from ..bench.suite import DEFAULT, chosen, run_suite, table
+    from ..bench.report import machine_line
+    from ..bench.suite import chosen, failures, run_suite, table
 
-    names = chosen(suite) if suite else list(DEFAULT)
-    folder = Path(output)
-    writable_folder(folder)
+    parts, folder = chosen(suite), writable_folder(output)
+    docs = None if write_docs is None else writable_folder(write_docs)
     records = {}
-    with Progress(len(names), "measuring", "parts") as bar:
-        for name, record in run_suite(names, folder):
+    with Progress(len(parts), "measuring", "parts") as bar:
+        for name, record in run_suite(parts, folder, docs):
             records[name] = record
             bar.note(name)
             bar.update()
-    lines = [f"{describe()['device']}, mlx {describe()['mlx']}", "", *table(records)]
+    lines = [machine_line(), "", *table(records)]
     with replacing(folder / "table.md") as temporary:
         temporary.write_text("\n".join(lines) + "\n")
     for line in lines:
         click.echo(line)
     click.echo(f"all figures: {folder / 'bench.json'}")
-    failed = [f"{name} ({r['error']})" for name, r in records.items() if "error" in r]
-    if failed:
+    if failed := failures(records):
         raise MlxSfError(f"not measured: {', '.join(failed)}")
 
 
-def show(result: dict[str, Any], as_json: bool) -> None:
-    """Print a result: a line per figure, or JSON."""
-    if as_json:
-        click.echo(json.dumps({"machine": describe(), **result}, indent=1))
-        return
-    click.echo(f"{describe()['device']}, mlx {describe()['mlx']}")
-    for name, value in result.items():
-        if name.endswith("bytes") or name == "peak_over_interpreter":
-            value = f"{value / 1e6:,.0f} MB"
-        elif name.endswith("rate") and "share" not in name:
-            value = f"{value / 1e9:,.0f} GFLOP/s"
-        elif name == "flops":
-            value = f"{value / 1e9:,.1f} GFLOP"
-        elif isinstance(value, float):
-            value = f"{value:.3f}"
-        click.echo(f"  {name.replace('_', ' '):<26} {value}")
+def measurement(function: Callable[..., Measured]) -> Callable[..., None]:
+    """A subcommand that prints, and with --write-docs publishes, what `function` measures; adds both options."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of lines.")
+    @_docs
+    @functools.wraps(function)
+    def run(as_json: bool, write_docs: str | None, **arguments: Any) -> None:
+        context = click.get_current_context()
+        if write_docs is None and context.parent is not None:
+            write_docs = context.parent.params["write_docs"]  # given before the subcommand
+        docs = None if write_docs is None else writable_folder(write_docs)
+        result, lines = function(**arguments)
+        if docs is not None:
+            from ..bench.pages import MEASUREMENTS, publish
+            from ..bench.records import new_record
+
+            kind = str(context.info_name)
+            publish(docs, new_record(kind, _command_line(context), MEASUREMENTS[kind].runs(result), result))
+        if as_json:
+            click.echo(json.dumps({"machine": describe(), **result}, indent=1))
+            return
+        from ..bench.report import machine_line
+
+        for line in [machine_line(), *lines(result)]:
+            click.echo(line)
+
+    return run
 
 
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-_size = click.option("--size", default="B/32", show_default=True, help="Network, such as small/16 or B/32.")
-_img = click.option("--img-size", type=int, default=256, show_default=True)
-_batch = click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
-_dtype = click.option("--dtype", type=click.Choice(list(DTYPES)), help="[default: bfloat16 on a GPU, else float32]")
+def _command_line(context: click.Context) -> str:
+    """The command as typed, but for options that say where to write."""
+    words = [f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}"] if "OMP_NUM_THREADS" in os.environ else []
+    words.append(f"mlx-sf bench {context.info_name}")
+    for p in context.command.params:
+        name, value = p.name or "", context.params.get(p.name or "")
+        if context.get_parameter_source(name) != ParameterSource.COMMANDLINE:
+            continue
+        if isinstance(p, click.Argument):
+            words.append(str(value))
+        elif name not in ("output", "scratch", "as_json", "write_docs"):
+            flag = p.opts[0] if value or not p.secondary_opts else p.secondary_opts[0]
+            words.append(flag if isinstance(value, bool) else f"{flag} {value}")
+    return " ".join(words)
 
 
 @command.command()
@@ -78,13 +114,14 @@ _dtype = click.option("--dtype", type=click.Choice(list(DTYPES)), help="[default
 @_img
 @_batch
 @_dtype
-@click.option("--peer/--no-peer", default=True, help="Also time PyTorch, where it is installed.")
-@_json
-def forward(size: str, img_size: int, batch_size: int, dtype: str | None, peer: bool, as_json: bool) -> None:
+@_peer
+@measurement
+def forward(size: str, img_size: int, batch_size: int, dtype: str | None, peer: bool) -> Measured:
     """One forward pass, against PyTorch and against the matrix-product rate."""
     from ..bench.network import measure_forward
+    from ..bench.report import figure_lines
 
-    show(measure_forward(size, img_size, batch_size, pick_dtype(dtype), peer), as_json)
+    return measure_forward(size, img_size, batch_size, pick_dtype(dtype), peer), figure_lines
 
 
 @command.command()
@@ -93,11 +130,13 @@ def forward(size: str, img_size: int, batch_size: int, dtype: str | None, peer: 
 @_batch
 @_dtype
 @click.option("--steps", type=click.IntRange(1), default=5, show_default=True, help="Times scale with the steps.")
-@click.option("--method", type=click.Choice(get_args(Method)), default="heun", show_default=True)
-@click.option("--cfg", type=float, default=2.9, show_default=True)
+@click.option(
+    "--method", type=click.Choice(get_args(Method)), default="heun", show_default=True, help="Solver to time."
+)
+@click.option("--cfg", type=float, default=2.9, show_default=True, help="Guidance scale; 1 is off.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Timed samples; medians count.")
-@click.option("--peer/--no-peer", default=True, help="Also time PyTorch, where it is installed.")
-@_json
+@_peer
+@measurement
 def sample(
     size: str,
     img_size: int,
@@ -108,13 +147,13 @@ def sample(
     cfg: float,
     rounds: int,
     peer: bool,
-    as_json: bool,
-) -> None:
+) -> Measured:
     """One batch of whole guided samples, against the published loop in PyTorch."""
+    from ..bench.report import figure_lines
     from ..bench.sampling import measure_sampling
 
     dt = pick_dtype(dtype)
-    show(measure_sampling(size, img_size, batch_size, steps, dt, cfg, rounds, peer, method=method), as_json)
+    return measure_sampling(size, img_size, batch_size, steps, dt, cfg, rounds, peer, method=method), figure_lines
 
 
 @command.command()
@@ -122,10 +161,11 @@ def sample(
     "--output", "-o", default="solvers.png", show_default=True, help="The figure; NAME.json holds the numbers."
 )
 @click.option("--images", type=click.IntRange(1), default=2, show_default=True, help="Images of each case.")
-@_json
-def solvers(output: str, images: int, as_json: bool) -> None:
+@measurement
+def solvers(output: str, images: int) -> Measured:
     """Distance of each solver's pictures to those of 1,000 Heun steps, over network evaluations: a figure, a table."""
-    from ..bench.solvers import measure_solvers, plot_solvers, solver_lines
+    from ..bench.report import solver_lines
+    from ..bench.solvers import measure_solvers, plot_solvers
 
     path = Path(output).with_suffix(".png")
     for target in (path, path.with_suffix(".json")):
@@ -134,12 +174,7 @@ def solvers(output: str, images: int, as_json: bool) -> None:
     plot_solvers(path, result)
     with replacing(path.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(result, indent=1))
-    if as_json:
-        show(result, True)
-        return
-    for line in solver_lines(result):
-        click.echo(line)
-    click.echo(f"figure: {path}")
+    return result, lambda r: [*solver_lines(r), f"figure: {path}"]
 
 
 @command.command()
@@ -148,18 +183,13 @@ def solvers(output: str, images: int, as_json: bool) -> None:
 @_batch
 @_dtype
 @click.option("--rounds", type=click.IntRange(1), default=9, show_default=True, help="Medians count.")
-@_json
-def forcing(size: str, img_size: int, batch_size: int, dtype: str | None, rounds: int, as_json: bool) -> None:
+@measurement
+def forcing(size: str, img_size: int, batch_size: int, dtype: str | None, rounds: int) -> Measured:
     """Spectral Forcing alone: its share of a forward pass, and other forms of the same operator."""
     from ..bench.forcing import measure_forcing
+    from ..bench.report import forcing_lines
 
-    result = measure_forcing(size, img_size, batch_size, pick_dtype(dtype), rounds)
-    if not as_json:
-        del result["fastest_and_slowest"]
-        shares = {k: f"{v:.2%}" for k, v in result.items() if k.startswith("share")}
-        seconds = {k: f"{1000 * v:,.2f} ms" for k, v in result.items() if k.endswith("seconds")}
-        result |= shares | seconds
-    show(result, as_json)
+    return measure_forcing(size, img_size, batch_size, pick_dtype(dtype), rounds), forcing_lines
 
 
 @command.command()
@@ -169,25 +199,15 @@ def forcing(size: str, img_size: int, batch_size: int, dtype: str | None, rounds
 @_batch
 @_dtype
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Medians count.")
-@_json
+@measurement
 def profile(
-    kind: Literal["sample", "train"],
-    size: str,
-    img_size: int,
-    batch_size: int,
-    dtype: str | None,
-    rounds: int,
-    as_json: bool,
-) -> None:
+    kind: Literal["sample", "train"], size: str, img_size: int, batch_size: int, dtype: str | None, rounds: int
+) -> Measured:
     """Where the time of a guided Heun step or of a training step goes, part by part."""
-    from ..bench.profile import profile_lines, profile_step
+    from ..bench.profile import profile_step
+    from ..bench.report import profile_lines
 
-    result = profile_step(kind, size, img_size, batch_size, pick_dtype(dtype), rounds)
-    if as_json:
-        click.echo(json.dumps({"machine": describe(), **result}, indent=1))
-        return
-    for line in [describe()["device"], *profile_lines(result)]:
-        click.echo(line)
+    return profile_step(kind, size, img_size, batch_size, pick_dtype(dtype), rounds), profile_lines
 
 
 @command.command()
@@ -195,11 +215,13 @@ def profile(
 @_img
 @_batch
 @_dtype
-@click.option("--compile/--no-compile", "compiled", default=True, show_default=True)
+@click.option(
+    "--compile/--no-compile", "compiled", default=True, show_default=True, help="Whether the step is compiled."
+)
 @click.option("--grad-checkpoint", is_flag=True, help="Recompute the blocks in the backward pass.")
 @click.option("--steps", type=click.IntRange(1), default=7, show_default=True, help="Timed steps; medians count.")
-@click.option("--peer/--no-peer", default=True, help="Also time PyTorch, where it is installed.")
-@_json
+@_peer
+@measurement
 def train(
     size: str,
     img_size: int,
@@ -209,67 +231,62 @@ def train(
     grad_checkpoint: bool,
     steps: int,
     peer: bool,
-    as_json: bool,
-) -> None:
+) -> Measured:
     """One training step with AdamW and two EMAs, against PyTorch."""
+    from ..bench.report import figure_lines
     from ..bench.training import measure_training
 
     dt = pick_dtype(dtype)
-    show(measure_training(size, img_size, batch_size, dt, compiled, grad_checkpoint, steps, peer), as_json)
+    return measure_training(size, img_size, batch_size, dt, compiled, grad_checkpoint, steps, peer), figure_lines
 
 
 @command.command()
-@click.option("--size", default="B/32", show_default=True)
+@click.option("--size", default="B/32", show_default=True, help="Network, such as small/16 or B/32.")
 @click.option("--scratch", type=click.Path(exists=True, file_okay=False), help="Folder with room for 3 GB.")
-@_json
-def convert(size: str, scratch: str | None, as_json: bool) -> None:
+@measurement
+def convert(size: str, scratch: str | None) -> Measured:
     """Memory and time of converting a checkpoint with model, two EMAs and optimiser state, made from random numbers."""
     from ..bench.convert import measure_conversion
+    from ..bench.report import figure_lines
 
-    show(measure_conversion(scratch, size), as_json)
+    return measure_conversion(scratch, size), figure_lines
 
 
 @command.command()
-@click.option("--ckpt", help="Checkpoint of floats. [default: a network of --size with random weights]")
+@click.option("--ckpt", help="Checkpoint of floats, or demo. [default: a network of --size with random weights]")
 @_size
 @_img
-@click.option("--batch-size", type=click.IntRange(1), default=2, show_default=True)
-@click.option("--group-size", type=click.Choice(["32", "64", "128"]), default="64", show_default=True)
+@click.option("--batch-size", type=click.IntRange(1), default=2, show_default=True, help="Images in a batch.")
+@click.option(
+    "--group-size",
+    type=click.Choice(["32", "64", "128"]),
+    default="64",
+    show_default=True,
+    help="Weights that share a scale and a bias.",
+)
 @click.option("--rounds", type=click.IntRange(1), default=1, show_default=True, help="Timed passes; the best counts.")
 @click.option("--speed/--no-speed", default=True, help="Also time forward passes of --size.")
-@_json
+@measurement
 def quantize(
-    ckpt: str | None,
-    size: str,
-    img_size: int,
-    batch_size: int,
-    group_size: str,
-    rounds: int,
-    speed: bool,
-    as_json: bool,
-) -> None:
+    ckpt: str | None, size: str, img_size: int, batch_size: int, group_size: str, rounds: int, speed: bool
+) -> Measured:
     """What 8 and 4 bits cost in precision, by kinds of layers quantised alone and together; bytes; speed."""
     from ..bench.quantize import measure_quantization, measure_quantized_speed
+    from ..bench.report import quantization_lines
 
     result = measure_quantization(ckpt, size, img_size, batch_size, int(group_size))
     timed = measure_quantized_speed(size, img_size, 1, int(group_size), rounds) if speed else {}
-    if as_json:
-        show({**result, "speed": timed}, True)
-        return
-    rows, files = result.pop("rows"), result.pop("file_bytes")
-    show({**result, **{f"file, {k}": f"{v / 1e6:,.1f} MB" for k, v in files.items()}}, False)
-    click.echo(f"  {'relative error with quantised':<30} {'weights':>8} {'output':>17} {'velocity':>19}")
-    click.echo(f"  {'':<30} {'':>8} {'8 bits':>8} {'4 bits':>8}   {'8 bits':>8} {'4 bits':>8}")
-    for row in rows:
-        errors = [row[f"{what}_error_{bits}"] for what in ("output", "velocity") for bits in (8, 4)]
-        cells = f"{errors[0]:8.2%} {errors[1]:8.2%}   {errors[2]:8.2%} {errors[3]:8.2%}"
-        click.echo(f"  {row['layers'].replace('_', ' '):<30} {row['share']:8.1%} {cells}")
-    if timed:
-        show(timed, False)
+    return {**result, "speed": timed}, quantization_lines
 
 
 @command.command()
-@click.option("--task", type=click.Choice(["sample", "train", "all"]), default="all", show_default=True)
+@click.option(
+    "--task",
+    type=click.Choice(["sample", "train", "all"]),
+    default="all",
+    show_default=True,
+    help="What is measured: drawing, training, or both.",
+)
 @click.option("--size", default="tiny/32,small/32,B/32,L/32", show_default=True, help="Networks, with commas.")
 @_img
 @click.option("--batch-size", default="1,8,32", show_default=True, help="Of sampling, with commas.")
@@ -277,7 +294,7 @@ def quantize(
 @_dtype
 @click.option("--bits", type=click.Choice(["8", "4"]), help="Sample from quantised weights, as they are.")
 @click.option("--steps", type=click.IntRange(1), default=2, show_default=True, help="Heun steps of sampling.")
-@_json
+@measurement
 def memory(
     task: str,
     size: str,
@@ -287,52 +304,46 @@ def memory(
     dtype: str | None,
     bits: str | None,
     steps: int,
-    as_json: bool,
-) -> None:
+) -> Measured:
     """Peak memory of sampling and training, each figure from a process of its own."""
-    from ..bench.memory import Cell, measure_memory
+    from ..bench.memory import cells_of, measure_memory
+    from ..bench.report import memory_lines
 
-    name = dtype_name(pick_dtype(dtype))
-    sizes = [s.strip() for s in size.split(",")]
-    cells = []
-    if task != "train":
-        q = int(bits) if bits else None
-        cells += [Cell("sample", s, img_size, b, name, steps, q) for s in sizes for b in _numbers(batch_size)]
-    if task != "sample":
-        trained = [(s, b, c) for s in sizes for b in _numbers(train_batch_size) for c in (False, True)]
-        cells += [Cell("train", s, img_size, b, name, grad_checkpoint=c) for s, b, c in trained]
+    kinds = ("sample", "train") if task == "all" else (task,)
+    cells = cells_of(kinds, size, img_size, batch_size, train_batch_size, pick_dtype(dtype), bits, steps)
     with Progress(len(cells), "measuring memory", "processes") as bar:
-        records = list(measure_memory(cells, bar.update))
-    if as_json:
-        click.echo(json.dumps({"machine": describe(), "cells": records}, indent=1))
-        return
-    click.echo(f"{describe()['device']}, mlx {describe()['mlx']}; GB")
-    click.echo(f"  {'':<66} {'weights':>8} {'peak':>8} {'process':>8}")
-    for r in records:
-        figures = [f"{r[k] / 1e9:8.2f}" for k in ("weights", "mlx_peak", "process_peak")] if "error" not in r else []
-        click.echo(f"  {r['what']:<66} {' '.join(figures) or r['error']}")
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        values = [int(part) for part in text.split(",")]
-    except ValueError:
-        values = []
-    if not values or min(values) < 1:
-        raise MlxSfError(f"batch sizes {text!r}, want whole numbers from 1, with commas between")
-    return values
+        return {"cells": list(measure_memory(cells, bar.update))}, memory_lines
 
 
 @command.command()
-@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
+@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Pictures in a batch.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Timed batches; medians count.")
-@click.option("--img-size", type=int, default=256, show_default=True)
+@click.option("--img-size", type=int, default=256, show_default=True, help="Side of the pictures in pixels.")
 @click.option("--num-images", "-n", type=int, default=50_000, show_default=True, help="Of the memory measurement.")
 @click.option("--peer/--no-peer", default=True, help="Also time torch-fidelity, where it is installed.")
-@_json
-def fid(batch_size: int, rounds: int, img_size: int, num_images: int, peer: bool, as_json: bool) -> None:
+@measurement
+def fid(batch_size: int, rounds: int, img_size: int, num_images: int, peer: bool) -> Measured:
     """Inception features and the Fréchet distance, against torch-fidelity; memory of 50,000 images."""
     os.environ.setdefault("MLX_ENABLE_TF32", "0")
     from ..bench.fid import measure_fid
+    from ..bench.report import figure_lines
 
-    show(measure_fid(batch_size, rounds, img_size, num_images, peer), as_json)
+    return measure_fid(batch_size, rounds, img_size, num_images, peer), figure_lines
+
+
+@command.command()
+@click.argument("record", type=click.Path(exists=True, dir_okay=False))
+@_docs
+def parity(record: str, write_docs: str | None) -> None:
+    """The parity table of RECORD, which a run of the tests wrote (MLX_SF_PARITY_RECORD=RECORD python -m pytest)."""
+    from ..bench.pages import MEASUREMENTS, publish
+    from ..bench.records import read
+
+    found = read(Path(record))
+    if found.measurement != "parity":
+        raise MlxSfError(f"{record}: is a record of {found.measurement}, want one of the parity")
+    for table in MEASUREMENTS[found.measurement].tables(found.result):
+        for line in table.markdown():
+            click.echo(line)
+    if write_docs is not None:
+        publish(writable_folder(write_docs), found)

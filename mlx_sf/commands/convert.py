@@ -1,41 +1,63 @@
 """`mlx-sf convert`: a PyTorch checkpoint becomes one self-describing file."""
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
 import click
 
-from ..checkpoint import quantize_checkpoint
-from ..config import FlowConfig, ModelConfig, QuantizationConfig
-from ..convert import FLAG_FIELDS, PUBLISHED_SCHEDULES, Report, convert, flag_name
+from ..checkpoints.convert import convert
+from ..checkpoints.convert.jit import FLAG_TYPES, PUBLISHED_SCHEDULES, Report
+from ..checkpoints.load import verify_checkpoint
+from ..common.progress import Progress
 from ..errors import MlxSfError
+from ..formats.tensor_file import SUFFIXES
 from ..metrics.inception_weights import convert_inception_file, is_inception_file
-from ..progress import Progress
-from ..quantize import describe
-from ..tensor_file import SUFFIXES
+from ..models.quantize import describe
 
 _HELP = {
+    "img_size": "Side of the images in pixels.",
+    "patch_size": "Side of the patches in pixels.",
+    "hidden_size": "Width of the transformer.",
+    "depth": "Number of blocks.",
+    "num_heads": "Number of attention heads.",
+    "bottleneck_dim": "Width between the two layers of the patch embedder.",
+    "in_context_len": "Number of in-context class tokens.",
     "in_context_start": "Block before which the in-context tokens enter (asked for with sizes that are no preset).",
-    "noise_scale": "Scale of the noise: 1.0 for models at 256 pixels, 2.0 at 512 (asked for with a bare state dict).",
+    "num_classes": "Number of classes, without the one for no class.",
+    "mlp_ratio": "Width of the feed-forward before SwiGLU's two thirds, as a multiple of the transformer's.",
+    "attn_dropout": "Dropout on attention weights in training.",
+    "proj_dropout": "Dropout on attention outputs and in the feed-forward in training.",
+    "spectral_forcing": "Whether Spectral Forcing is in front of the network.",
     "window_size": "Side of the windows that are filtered on their own; 0 for the whole image.",
-    "pred_param": "What the network predicts.",
+    "scale_schedule": "How the forcing's cutoff opens with t.",
+    "fixed_scale": "The schedule's value where it is fixed, 0 to 1.",
+    "mask_sharpness": "Slope of the forcing's soft mask.",
+    "min_keep": "Cutoff radius of the forcing at t = 0.",
+    "max_keep": "Cutoff radius of the forcing at t = 1.",
+    "pred_param": "What the network predicts: the picture, the velocity, or a blend of both.",
+    "hybrid_x_weight_mode": "How the hybrid blends its two heads over t.",
+    "hybrid_x_weight_power": "Exponent of the weight of the hybrid's picture head.",
+    "hybrid_x_weight_min": "Smallest weight of the hybrid's picture head.",
+    "hybrid_x_weight_max": "Largest weight of the hybrid's picture head.",
+    "noise_scale": "Scale of the noise: 1.0 for models at 256 pixels, 2.0 at 512 (asked for with a bare state dict).",
+    "t_eps": "Lower bound of 1 - t in the velocity.",
+    "P_mean": "Mean of the logit of the training times.",
+    "P_std": "Standard deviation of the logit of the training times.",
+    "label_drop_prob": "Share of the labels that training dropped.",
 }
 
 
 def _config_flags(function: Callable[..., Any]) -> Callable[..., Any]:
-    """One option per configuration field, all unset by default: they only fill in what the file does not say."""
-    types = {f.name: f.type for part in (ModelConfig, FlowConfig) for f in dataclasses.fields(part)}
-    for name in reversed(FLAG_FIELDS):
-        kind: Any = types[name]
-        flag = flag_name(name)
+    """One option per setting, all unset by default: they only fill in what the file does not say."""
+    for name, kind in reversed(FLAG_TYPES.items()):
+        flag = name.lower().replace("_", "-")
         if kind is bool:
-            option = click.option(f"{flag}/--no-{flag[2:]}", name.lower(), default=None, help=_HELP.get(name))
+            option = click.option(f"--{flag}/--no-{flag}", name.lower(), default=None, help=_HELP[name])
         else:
             choices = PUBLISHED_SCHEDULES if name == "scale_schedule" else get_args(kind)
             choice = click.Choice(choices) if choices else kind
-            option = click.option(flag, name.lower(), type=choice, default=None, help=_HELP.get(name))
+            option = click.option(f"--{flag}", name.lower(), type=choice, default=None, help=_HELP[name])
         function = option(function)
     return function
 
@@ -84,16 +106,12 @@ def command(
     With --quantize, SOURCE may also be a checkpoint of mlx-sf (file, run folder, Hugging Face repo id), not yet
     quantised. The result draws pictures and can be evaluated; it cannot be trained or exported.
     """
-    names = {name.lower(): name for name in FLAG_FIELDS}
-    flags = {names[k]: v for k, v in fields.items() if v is not None}
+    names = {name.lower(): name for name in FLAG_TYPES}
+    settings = {names[k]: v for k, v in fields.items() if v is not None}
     if q_group_size is not None and quantize is None:
         raise click.UsageError("--q-group-size: goes with --quantize 8 or 4")
-    q = None if quantize is None else QuantizationConfig(int(quantize), int(q_group_size or 64))
-    own = _is_own(source, q)
-    if own and flags:
-        raise MlxSfError(f"{source}: says its settings itself: leave out {flag_name(next(iter(flags)))}")
-    if not own and is_inception_file(source):
-        if q is not None:
+    if source.is_file() and source.suffix not in SUFFIXES and is_inception_file(source):
+        if quantize is not None:
             raise MlxSfError(f"{source}: holds Inception weights, which are not quantised: leave out --quantize")
         click.echo(convert_inception_file(source, target))
         return
@@ -104,35 +122,26 @@ def command(
             bar.update()
 
         sets = [w.strip() for w in weights.split(",")] if weights else None
-        if own:
-            assert q is not None
-            config = quantize_checkpoint(source, target, q, sets, dtype, tick)
-        else:
-            report = convert(source, target, sets, dtype or "float32", flags, tick, q)
-    if own:
-        click.echo(f"{source}: {config.name}, weights {', '.join(config.weights)}")
+        bits, group = None if quantize is None else int(quantize), int(q_group_size or 64)
+        report = convert(
+            source, target, weights=sets, dtype=dtype, quantize=bits, group_size=group, on_tensor=tick, **settings
+        )
+    if report.layout == "mlx-sf":
+        click.echo(f"{source}: {report.config.name}, weights {', '.join(report.config.weights)}")
     else:
         _print(source, report)
-    if q is not None:
-        click.echo(f"  {describe(q)}; all else as it was")
+    if report.config.quantization is not None:
+        click.echo(f"  {describe(report.config.quantization)}; all else as it was")
     click.echo(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
     if verify:
-        _verify(target)
-
-
-def _is_own(source: Path, q: QuantizationConfig | None) -> bool:
-    """Whether SOURCE is a checkpoint of mlx-sf, which only --quantize has use for."""
-    if source.suffix in SUFFIXES or source.is_dir():
-        if q is None:
-            raise MlxSfError(f"{source}: is no PyTorch file; a checkpoint of mlx-sf is converted with --quantize only")
-        return True
-    return q is not None and not source.exists() and source.suffix not in (".pth", ".pt", ".ckpt", ".bin")
+        for name, result in verify_checkpoint(target).items():
+            click.echo(f"  verified {name}: {result}")
 
 
 def _print(source: Path, report: Report) -> None:
     c = report.config
     m = c.model
-    kind = "vanilla" if not m.spectral_forcing else "forced"
+    kind = "vanilla" if m.forcing is None else "forced"
     click.echo(f"{source}: {report.layout} layout, weights {', '.join(c.weights)}")
     click.echo(
         f"  {c.name}, {kind}: {m.img_size} px, patch {m.patch_size}, depth {m.depth}, width {m.hidden_size}, "
@@ -143,10 +152,3 @@ def _print(source: Path, report: Report) -> None:
         click.echo(f"  {label}: {', '.join(settings)}")
     if report.ignored:
         click.echo(f"  ignored on purpose (not learned): {', '.join(report.ignored)}")
-
-
-def _verify(target: Path) -> None:
-    from ..verify import verify_checkpoint
-
-    for name, result in verify_checkpoint(target).items():
-        click.echo(f"  verified {name}: {result}")

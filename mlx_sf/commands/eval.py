@@ -4,11 +4,11 @@ from typing import Any, get_args
 
 import click
 
-from .. import device
-from ..config import Method
-from ..errors import MlxSfError
-from ..metrics.evaluate import METRICS, Evaluation, Options, write_table_of
-from ..metrics.inception import TAPS
+from ..device import defaults as device
+from ..errors import MlxSfError, spelt
+from ..metrics.checks import LAYERS, METRICS, Options
+from ..metrics.evaluate import Evaluation, write_table_of
+from ..sampling.solvers import Method
 
 _SAMPLING = ("cfg", "weights", "steps", "method", "cfg_interval", "sample_t_eps", "seed", "dtype", "save_samples")
 
@@ -26,7 +26,7 @@ def _names(_: click.Context, __: click.Parameter, text: str | None) -> tuple[str
 
 @click.command(short_help="Measure FID, IS, KID, precision/recall of a checkpoint or a folder.")
 @click.option("--ckpt", help="Checkpoint to draw samples from: file, run folder, or Hugging Face repo id.")
-@click.option("--samples", type=click.Path(), help="Instead: a folder of finished pictures, made by anyone.")
+@click.option("--samples", type=click.Path(), help="Folder of finished pictures to judge, instead of --ckpt.")
 @click.option(
     "--ref", required=True, help="Reference: a statistics .npz (of `mlx-sf stats`, or a published one), or a folder."
 )
@@ -38,20 +38,56 @@ def _names(_: click.Context, __: click.Parameter, text: str | None) -> tuple[str
 )
 @click.option("--weights", callback=_names, help="Weight sets to go through: ema1,ema2. [default: ema1]")
 @click.option("--steps", type=int, help="Steps of the solver. [default: the checkpoint's, usually 50]")
-@click.option("--method", type=click.Choice(get_args(Method)), help="Solver. [default: the checkpoint's]")
-@click.option("--cfg-interval", type=float, nargs=2, metavar="LOW HIGH", help="Guide only where LOW < t < HIGH.")
+@click.option(
+    "--method", type=click.Choice(get_args(Method)), help="Solver that draws the samples. [default: the checkpoint's]"
+)
+@click.option(
+    "--cfg-interval",
+    type=float,
+    nargs=2,
+    metavar="LOW HIGH",
+    help="Guide only where LOW < t < HIGH (t = 0 is noise). [default: the checkpoint's]",
+)
 @click.option("--sample-t-eps", type=float, help="Lower bound of 1 - t in the velocity. [default: the training's]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the first image; image i has seed + i.")
-@click.option("--dtype", type=click.Choice(list(device.DTYPES)), help="Of the model's matrix products.")
-@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Images at a time.")
+@click.option(
+    "--dtype",
+    type=click.Choice(list(device.DTYPES)),
+    help="Type of the network's matrix products. [default: bfloat16 on a GPU]",
+)
+@click.option(
+    "--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Pictures drawn or measured at a time."
+)
 @click.option("--save-samples", is_flag=True, help="Keep the drawn images as PNG.")
-@click.option("--metrics", callback=_names, help=f"Of {', '.join(METRICS)}. [default: all that the reference allows]")
-@click.option("--inception-weights", type=click.Path(), help="Weights file, where it cannot be downloaded.")
-@click.option("--feature-layer", type=click.Choice(list(TAPS)[:4]), default="2048", show_default=True)
-@click.option("--is-splits", type=click.IntRange(1), default=10, show_default=True)
-@click.option("--kid-subsets", type=click.IntRange(1), default=100, show_default=True)
-@click.option("--kid-subset-size", type=click.IntRange(2), default=1000, show_default=True)
-@click.option("--neighbours", type=click.IntRange(1), default=3, show_default=True, help="k of precision and recall.")
+@click.option(
+    "--metrics",
+    callback=_names,
+    help=f"Metrics to compute, of {', '.join(METRICS)}. [default: all that the reference allows]",
+)
+@click.option(
+    "--inception-weights", type=click.Path(), help="File of the Inception weights, where they cannot be downloaded."
+)
+@click.option(
+    "--feature-layer",
+    type=click.Choice(LAYERS),
+    default="2048",
+    show_default=True,
+    help="Inception layer that features are taken from; 2048 is the one of published FIDs.",
+)
+@click.option(
+    "--is-splits", type=click.IntRange(1), default=10, show_default=True, help="Splits of the Inception Score."
+)
+@click.option("--kid-subsets", type=click.IntRange(1), default=100, show_default=True, help="Number of subsets of KID.")
+@click.option(
+    "--kid-subset-size", type=click.IntRange(2), default=1000, show_default=True, help="Pictures in a subset of KID."
+)
+@click.option(
+    "--neighbours",
+    type=click.IntRange(1),
+    default=3,
+    show_default=True,
+    help="Nearest neighbours that precision and recall look at.",
+)
 @click.option("--output", "-o", default="evals", show_default=True, help="Folder for records, figures, progress.")
 @click.option("--table", type=click.Path(), help="CSV table to append to. [default: OUTPUT/results.csv]")
 @click.pass_context
@@ -78,14 +114,17 @@ def command(
         given = [n for n in _SAMPLING if context.get_parameter_source(n) not in (source, None)]
         if given:
             raise click.UsageError(f"--{given[0].replace('_', '-')} is for --ckpt: --samples are finished pictures")
-    solver: dict[str, Any] = {"steps": steps, "method": method, "t_eps": sample_t_eps}
-    if cfg_interval is not None:
-        solver["cfg_low"], solver["cfg_high"] = cfg_interval
+    solver = {"steps": steps, "method": method, "sample_t_eps": sample_t_eps, "cfg_interval": cfg_interval}
     device.limit_cache()
     o = Options(solver=solver, tap=feature_layer, splits=is_splits, metrics=metrics or None, **options)
-    evaluation = Evaluation(o, click.echo)
+    evaluation = Evaluation(o, say)
     results = evaluation.execute()
     for line in write_table_of(results):
         click.echo(line)
-    if not results and evaluation.leader:
+    if not results and evaluation.world.main:
         raise MlxSfError("nothing was measured")
+
+
+def say(line: str) -> None:
+    """A line of the report, options spelt as flags."""
+    click.echo(spelt(line, lambda name: "--" + name.replace("_", "-")))

@@ -8,27 +8,29 @@ from typing import Any
 
 import click
 
-from ..checkpoint import Checkpoint, parameter_shapes, resolve
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.load import resolve
 from ..errors import MlxSfError
-from ..quantize import describe
+from ..models import parameter_count
+from ..models.quantize import describe
 
 _TORCH_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
 
 
 @click.command(short_help="Say what a checkpoint, a PNG or this installation is.")
 @click.argument("path", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of lines.")
 def command(path: str | None, as_json: bool) -> None:
     """Say what PATH is: a checkpoint (file, run folder, Hugging Face repo id), a PNG made by mlx-sf, or a .pth file.
 
     Without PATH: versions, device, the BLAS in use and memory of this installation.
     """
     if path is None:
-        from ..device import describe
+        from ..device.defaults import describe
 
         facts: dict[str, Any] = dict(describe())
     elif Path(path).suffix.lower() == ".png":
-        from ..image import read_metadata
+        from ..formats.png import read_metadata
 
         facts = read_metadata(path)
     elif Path(path).suffix.lower() in _TORCH_SUFFIXES and Path(path).exists():
@@ -47,16 +49,18 @@ def command(path: str | None, as_json: bool) -> None:
 def _checkpoint_facts(path: str) -> dict[str, Any]:
     checkpoint = Checkpoint(resolve(path))
     c = checkpoint.config
-    shapes = parameter_shapes(c.model)
     dtypes = sorted({e.dtype for e in checkpoint.file.entries.values()})
     model, flow, sample = (dataclasses.asdict(part) for part in (c.model, c.flow, c.sample))
+    forcing = model.pop("forcing", None)
     return {
         "file": f"{checkpoint.path} ({checkpoint.file.container}, {checkpoint.file.size / 1e6:.1f} MB)",
-        "model": c.name + (" with Spectral Forcing" if c.model.spectral_forcing else ", vanilla"),
+        "model": c.name + (" with Spectral Forcing" if forcing else ", vanilla"),
+        "architecture": c.model.architecture,
         "weights": ", ".join(c.weights),
-        "parameters": f"{sum(map(math.prod, shapes.values())):,} ({', '.join(dtypes)})",
+        "parameters": f"{parameter_count(c.model):,} ({', '.join(dtypes)})",
         **({"quantised": describe(c.quantization)} if c.quantization else {}),
         "network": model,
+        **({"forcing": forcing} if forcing else {}),
         "flow": flow,
         "sampling": {k: v for k, v in sample.items() if v is not None},
         **({"classes": ", ".join(c.class_names)} if c.class_names else {}),
@@ -66,7 +70,7 @@ def _checkpoint_facts(path: str) -> dict[str, Any]:
 
 def _torch_facts(path: str) -> dict[str, Any]:
     """What a PyTorch file holds, read without PyTorch and without running anything in it."""
-    from ..torch_file import Record, TensorRef, open_torch_file
+    from ..formats.torch_file.reader import Record, TensorRef, open_torch_file
 
     def about(value: Any) -> str:
         if isinstance(value, TensorRef):

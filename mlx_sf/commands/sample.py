@@ -4,21 +4,27 @@ from typing import Any, get_args
 
 import click
 
-from .. import generate as g
-from ..checkpoint import Checkpoint, demo_checkpoint, load_model, resolve
-from ..config import Config, Method
-from ..device import DTYPES, default_dtype, dequantize_by_default, limit_cache, on_gpu, pick_dtype
-from ..distributed import World
-from ..files import writable_folder
-from ..progress import Progress
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.config import Config
+from ..checkpoints.load import demo_checkpoint, resolve
+from ..checkpoints.pipeline import load, request_for
+from ..common.files import writable_folder
+from ..common.progress import Progress
+from ..common.world import World
+from ..device.defaults import DTYPES, dequantize_by_default, limit_cache, on_gpu, pick_dtype
+from ..sampling.generate import my_batches
+from ..sampling.guidance import GuidanceNorm
+from ..sampling.output import Output, Stepwise
+from ..sampling.request import with_solver
+from ..sampling.solvers import Method
 
 
-@click.command(short_help="Draw images from a checkpoint.")
+@click.command(short_help="Draw pictures from a checkpoint.")
 @click.option("--ckpt", help="Checkpoint file, run folder, or Hugging Face repo id. [default: the built-in demo model]")
-@click.option("--weights", help="Weight set of the checkpoint: model, ema1, ema2. [default: ema1]")
-@click.option("--classes", help="Labels or class names, one image each, in this order: 1,7,7; null means no class.")
-@click.option("--num-images", "-n", type=int, help="Number of images; classes are gone through in turn.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the first image; image i has seed + i.")
+@click.option("--weights", help="Weight set of the checkpoint: model, ema1 or ema2. [default: ema1]")
+@click.option("--classes", help="Classes by number or name, one picture each, in this order: 1,7,7; null is no class.")
+@click.option("--num-images", "-n", type=int, help="Number of pictures; the classes are gone through in turn.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of picture 0; picture i has seed + i.")
 @click.option("--steps", type=int, help="Steps of the solver. [default: the checkpoint's, usually 50]")
 @click.option(
     "--method",
@@ -34,16 +40,22 @@ from ..progress import Progress
     help="Guide only where LOW < t < HIGH (t = 0 is noise). [default: the checkpoint's, usually 0.1 1]",
 )
 @click.option(
+    "--cfg-norm",
+    type=click.Choice(get_args(GuidanceNorm)),
+    help="Bound of the guided velocity; global keeps it no longer than the unguided one. [default: the checkpoint's]",
+)
+@click.option("--shift", type=float, help="Above 1: more steps near the noise; 1 is off. [default: the checkpoint's]")
+@click.option(
     "--sample-t-eps", type=float, help="Lower bound of 1 - t in the velocity. [default: the training's, 0.05]"
 )
-@click.option("--noise", type=click.Path(), help="Initial noise: .npy, float32 (N, 3, H, W), standard normal.")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of the matrix products. [default: bfloat16 on a GPU]")
+@click.option("--noise", type=click.Path(), help="Initial noise: an .npy file, float32 (N, 3, H, W), standard normal.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Type of the products. [default: bfloat16 on a GPU]")
 @click.option(
     "--dequantize/--no-dequantize",
     default=None,
     help="Expand quantised weights before drawing: faster, more memory. [default: on a CPU]",
 )
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Images at a time.")
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Pictures drawn at a time.")
 @click.option(
     "--output",
     "-o",
@@ -51,8 +63,8 @@ from ..progress import Progress
     show_default=True,
     help="Folder for 00000.png, 00001.png ...; or NAME.png (a grid if several); or NAME.npy (float32, unclipped).",
 )
-@click.option("--grid", is_flag=True, help="Also write grid.png into the folder.")
-@click.option("--stepwise", is_flag=True, help="Also write a strip of intermediate states per image.")
+@click.option("--grid", is_flag=True, help="Also write all pictures into one grid.png in the folder.")
+@click.option("--stepwise", is_flag=True, help="Also write a strip of intermediate states per picture.")
 def command(
     ckpt: str | None,
     weights: str | None,
@@ -68,40 +80,42 @@ def command(
     stepwise: bool,
     **solver: Any,
 ) -> None:
-    """Draw images from a checkpoint.
+    """Draw pictures from a checkpoint.
 
-    Each image depends on its own seed alone, not on the batch it is computed in. Settings are stored in each PNG:
+    Each picture depends on its own seed alone, not on the batch it is computed in. Settings are stored in each PNG:
     `mlx-sf info FILE.png` shows them.
     """
     limit_cache()
+    # everything that can be wrong with the request is found before the weights are read
     checkpoint = Checkpoint(resolve(ckpt) if ckpt is not None else demo_checkpoint())
-    config = g.with_solver(checkpoint.config, solver)
+    config = checkpoint.config
+    sample = with_solver(config.sample, solver)
     checkpoint.pick(weights)
-    request = g.make_request(config, classes, num_images, seed, noise)
+    pick_dtype(dtype)
+    request = request_for(config, classes.split(",") if classes is not None else None, num_images, seed, noise)
     world = World.join()
-    out = g.Output(output, request, config.model.img_size, grid, world)
-    steps = g.Stepwise(config.sample.steps) if stepwise else None
+    out = Output(output, request, config.model.size, grid, world)
+    steps = Stepwise(sample.steps) if stepwise else None
     strips = writable_folder(out.path if out.kind == "folder" else out.path.parent)
     dequantize = dequantize_by_default() if dequantize is None else dequantize
     if (note := quantization_note(config, dequantize)) and world.main:
         click.echo(note, err=True)
-    model, loaded = load_model(checkpoint, weights, pick_dtype(dtype), dequantize)
-    config = config.replace(weights=loaded.weights)
+    pipeline = load(checkpoint, weights=weights, dtype=dtype, dequantize=dequantize).with_solver(solver)
 
-    def describe(i: int) -> dict[str, Any]:
-        return g.metadata(config, request, i, str(checkpoint.path), dtype or default_dtype())
+    def facts(i: int) -> dict[str, Any]:
+        return pipeline.facts(request, i)
 
-    batch_count = len(g.my_batches(len(request), batch_size, world))
-    with Progress(batch_count * config.sample.steps, f"sampling {len(request)} images", "steps") as bar:
-        for numbers, state in g.generate(model, config, request, batch_size, world):
+    total = len(my_batches(len(request), batch_size, world)) * sample.steps
+    with Progress(total, f"sampling {len(request)} images", "steps") as bar:
+        for numbers, state in pipeline.generate(request, batch_size, world):
             bar.update()
             if steps is not None:
                 steps.add(numbers, state)
             if state.step == state.steps:
-                out.add(numbers, state.z, describe)
+                out.add(numbers, state.z, facts)
                 if steps is not None:
-                    steps.save(strips, describe)
-    written = out.close(describe)
+                    steps.save(strips, facts)
+    written = out.close(facts)
     share = "" if world.size == 1 else f" (process {world.rank + 1} of {world.size} wrote {len(written)})"
     if written:
         through = f" ... {written[-1]}" if len(written) > 1 else ""

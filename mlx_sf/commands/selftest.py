@@ -5,11 +5,11 @@ import time
 
 import click
 
-from ..device import describe
-from ..selftest import run
+from ..device.defaults import describe
+from ..parity.selftest import run
 
 
-@click.command(short_help="Check this device against the reference's golden numbers.")
+@click.command(short_help="Check this device against the published code's numbers.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "all"]),

@@ -6,13 +6,15 @@ from typing import Any
 
 import click
 
-from .. import device
-from ..checkpoint import Checkpoint, load_model, resolve
-from ..config import Config, FlowConfig, ModelConfig
-from ..data import Source, open_source
-from ..errors import MlxSfError
-from ..files import check_writable, writable_folder
-from ..flow import published_noise_scale
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.config import Config
+from ..checkpoints.load import load_model, resolve
+from ..common.files import check_writable, writable_folder
+from ..data.sources import Source, open_source
+from ..device import defaults as device
+from ..errors import MlxSfError, option
+from ..flow import FlowConfig, published_noise_scale
+from ..spectral import ForcingConfig
 from ..spectrum import report
 from ..spectrum.capacity import Capacity, measure_capacity
 from ..spectrum.meter import CHANNELS, Spectrum, check_sizes, measure
@@ -48,7 +50,9 @@ def _parse_schedules(_: click.Context, __: click.Parameter, texts: tuple[str, ..
 @click.option("--img-size", type=click.IntRange(8), help="Side of the crops. [default: the checkpoint's, or 256]")
 @click.option("--window-size", type=click.IntRange(2), help="Side of the forcing's windows. [default: the image]")
 @click.option(
-    "--noise-scale", type=float, help="Of the flow. [default: the checkpoint's, or as published for the size]"
+    "--noise-scale",
+    type=float,
+    help="Scale of the flow's noise. [default: the checkpoint's, or as published for the size]",
 )
 @click.option(
     "--schedule",
@@ -60,28 +64,54 @@ def _parse_schedules(_: click.Context, __: click.Parameter, texts: tuple[str, ..
     "[default: the checkpoint's or linear, and data]",
 )
 @click.option(
-    "--fit-range", type=int, nargs=2, metavar="LOW HIGH", help="Of k, in the fit. [default: 4, 3/4 of the side]"
+    "--fit-range",
+    type=int,
+    nargs=2,
+    metavar="LOW HIGH",
+    help="Range of frequencies k that the power law is fitted to. [default: 4, 3/4 of the side]",
 )
 @click.option("--ckpt", help="Judge this checkpoint: its size, noise and schedule; and where its capacity goes.")
 @click.option("--weights", help="Weight set of --ckpt. [default: ema1]")
-@click.option("--capacity/--no-capacity", default=None, help="Measure the network's errors. [default: with --ckpt]")
-@click.option("--capacity-images", type=click.IntRange(1), default=64, show_default=True, help="Pictures for that.")
-@click.option("--dtype", type=click.Choice(list(device.DTYPES)), help="Of the network's matrix products.")
+@click.option(
+    "--capacity/--no-capacity",
+    default=None,
+    help="Whether to measure the network's errors per band. [default: with --ckpt]",
+)
+@click.option(
+    "--capacity-images",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="Pictures that the network's errors are measured on.",
+)
+@click.option("--dtype", type=click.Choice(list(device.DTYPES)), help="Type of the network's products.")
 @click.option("--schedule-out", type=click.Path(), help="Write the data-driven schedule, for `mlx-sf train`.")
-@click.option("--delta", type=float, default=1.0, show_default=True, help="Data-to-noise ratio at its cutoff.")
+@click.option(
+    "--delta",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Data-to-noise ratio at the cutoff of data-driven schedules.",
+)
 @click.option(
     "--schedule-from",
     type=click.Choice(["measured", "fit"]),
     default="measured",
     show_default=True,
-    help="Place it by the measured bands, or by the fitted power law.",
+    help="Place a data-driven cutoff by the measured bands, or by the fitted power law.",
 )
 @click.option("--enlarged", is_flag=True, help="Accept pictures smaller than --img-size.")
 @click.option("--split", default="train", show_default=True, help="Split of a Hugging Face data set.")
-@click.option("--image-column", help="Its column of pictures. [default: found]")
-@click.option("--label-column", help="Its column of labels. [default: found]")
-@click.option("--streaming", is_flag=True, help="Read it as a stream instead of storing it.")
-@click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="Of pictures, noise, scenes.")
+@click.option("--image-column", help="Column of pictures in a Hugging Face data set. [default: found]")
+@click.option("--label-column", help="Column of labels in a Hugging Face data set. [default: found]")
+@click.option("--streaming", is_flag=True, help="Read a Hugging Face data set as a stream instead of storing it.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=1,
+    show_default=True,
+    help="Seed of the pictures' order, noise and scenes.",
+)
 @click.option("--output", "-o", default="spectrum", show_default=True, help="Folder for the record and the figures.")
 def command(data: str | None, fit_range: tuple[int, int] | None, **options: Any) -> None:
     """Measure the spectrum of DATA and say what Spectral Forcing does to it.
@@ -98,32 +128,33 @@ def command(data: str | None, fit_range: tuple[int, int] | None, **options: Any)
     checkpoint = Checkpoint(resolve(o.ckpt)) if o.ckpt else None
     if o.capacity and checkpoint is None:
         raise click.UsageError("--capacity is about a network: give --ckpt")
-    model, flow = _settle(o, checkpoint.config if checkpoint else None)
-    source = _open(data, o, model.img_size)
+    size, forcing, flow = _settle(o, checkpoint.config if checkpoint else None)
+    source = _open(data, o, size)
     if not o.enlarged and (note := check_sizes(source, o.seed)):
         click.echo(f"note: {note}")
-    spectrum = measure(source, o.num_images, model.window_size, o.seed)
+    window = (o.window_size or size) if forcing is None else forcing.window((size, size))[0]
+    spectrum = measure(source, o.num_images, window, o.seed)
     span = {} if fit_range is None else {"low": fit_range[0], "high": fit_range[1]}
     laws = {c: fit_power_law(spectrum, c, **span) for c in CHANNELS}
     _say(report.spectrum_lines(spectrum, laws))
     power = laws["mean"].at(spectrum.k.clip(1)) if o.schedule_from == "fit" else None
     cutoffs = data_schedule(spectrum, flow.noise_scale, o.delta, power)
-    shown = _schedules(o, model, flow, spectrum, checkpoint is not None)
-    tables = {name: _judged(spectrum, m, flow) for name, m in shown.items()}
+    shown = _schedules(o, forcing, flow, spectrum, checkpoint is not None)
+    tables = {name: _judged(spectrum, f, flow) for name, f in shown.items()}
     for name, (rows, verdict) in tables.items():
         _say(["", *report.table_lines(name, rows, verdict)])
     _say(["", *report.meaning()])
     capacity = _capacity(o, checkpoint, source, spectrum)
     record = report.record(spectrum, laws, tables, flow, capacity, checkpoint.config if checkpoint else None)
     report.write_json(folder / "spectrum.json", record)
-    from ..spectrum import picture  # matplotlib takes a second to load: after everything that can go wrong
+    from ..spectrum import figures  # matplotlib takes a second to load: after everything that can go wrong
 
-    picture.plot_spectrum(folder / "spectrum.png", spectrum, laws, shown, flow)
-    picture.plot_schedules(folder / "schedules.png", {n: rows for n, (rows, _) in tables.items()}, flow)
+    figures.plot_spectrum(folder / "spectrum.png", spectrum, laws, shown, flow)
+    figures.plot_schedules(folder / "schedules.png", {n: rows for n, (rows, _) in tables.items()}, flow)
     written = ["spectrum.json", "spectrum.png", "schedules.png"]
     if capacity is not None and checkpoint is not None:
         name = f"{checkpoint.config.name} ({checkpoint.path.name})"
-        picture.plot_capacity(folder / "capacity.png", capacity, spectrum, checkpoint.config, name)
+        figures.plot_capacity(folder / "capacity.png", capacity, spectrum, checkpoint.config, name)
         written.append("capacity.png")
     if o.schedule_out is not None:
         report.write_json(
@@ -159,26 +190,24 @@ class _Options:
     output: str
 
 
-def _settle(o: _Options, base: Config | None) -> tuple[ModelConfig, FlowConfig]:
-    """The forcing and the flow that are judged: the checkpoint's, or the published ones for the image size."""
+def _settle(o: _Options, base: Config | None) -> tuple[int, ForcingConfig | None, FlowConfig]:
+    """Image side, forcing and flow that are judged: the checkpoint's, or the published ones for the image size."""
     if base is None:
         size = o.img_size or 256
-        model = ModelConfig(img_size=size, patch_size=size, window_size=o.window_size or 0)
         flow = FlowConfig(noise_scale=published_noise_scale(size) if o.noise_scale is None else o.noise_scale)
-        return model, flow
-    for name, asked, own in (
-        ("--img-size", o.img_size, base.model.img_size),
-        ("--window-size", o.window_size, base.model.window_size),
-    ):
+        return size, ForcingConfig(o.window_size or 0).on((size, size)), flow
+    forcing, size = base.model.forcing, base.model.size[0]
+    window = size if forcing is None else forcing.window(base.model.size)[0]
+    for name, asked, own in (("img_size", o.img_size, size), ("window_size", o.window_size, window)):
         if asked not in (None, own):
-            raise MlxSfError(f"{name} is {asked}, but {o.ckpt} has {own}: leave it out, or --ckpt")
+            raise MlxSfError(f"{option(name)} is {asked}, but {o.ckpt} has {own}: leave it out, or {option('ckpt')}")
     if o.noise_scale not in (None, base.flow.noise_scale) and o.capacity is not False:
         raise MlxSfError(
-            f"--noise-scale is {o.noise_scale:g}, but {o.ckpt} was trained with {base.flow.noise_scale:g}: "
-            "leave it out, or add --no-capacity"
+            f"{option('noise_scale')} is {o.noise_scale:g}, but {o.ckpt} was trained with "
+            f"{base.flow.noise_scale:g}: leave it out, or add --no-capacity"
         )
     flow = base.flow if o.noise_scale is None else dataclasses.replace(base.flow, noise_scale=o.noise_scale)
-    return base.model, flow
+    return size, forcing, flow
 
 
 def _open(data: str | None, o: _Options, size: int) -> Source:
@@ -195,17 +224,17 @@ def _open(data: str | None, o: _Options, size: int) -> Source:
 
 
 def _schedules(
-    o: _Options, model: ModelConfig, flow: FlowConfig, spectrum: Spectrum, own: bool
-) -> dict[str, ModelConfig]:  # fmt: skip
+    o: _Options, forcing: ForcingConfig | None, flow: FlowConfig, spectrum: Spectrum, own: bool
+) -> dict[str, ForcingConfig | None]:
     """The forcings to judge, by what to call them."""
     plain = dataclasses.replace(
-        model, spectral_forcing=True, scale_schedule="linear", schedule_power=1.0, schedule_cutoffs=(), exact_end=False
+        forcing or ForcingConfig(), scale_schedule="linear", schedule_power=1.0, schedule_cutoffs=(), exact_end=False
     )
-    shown: dict[str, ModelConfig] = {}
+    shown: dict[str, ForcingConfig | None] = {}
     if own:
-        shown[f"{model.scale_schedule if model.spectral_forcing else 'no forcing'} (the checkpoint's)"] = model
+        shown[f"{'no forcing' if forcing is None else forcing.scale_schedule} (the checkpoint's)"] = forcing
     default: list[tuple[str, float | None]] = [("data", None)]
-    if not own or not model.spectral_forcing:
+    if not own or forcing is None:
         default.insert(0, ("linear", None))
     for kind, value in o.schedules or default:
         if kind == "data":
@@ -222,8 +251,10 @@ def _schedules(
     return shown
 
 
-def _judged(spectrum: Spectrum, model: ModelConfig, flow: FlowConfig) -> tuple[list[report.Row], report.Verdict]:
-    rows = assess(spectrum, model, flow)
+def _judged(
+    spectrum: Spectrum, forcing: ForcingConfig | None, flow: FlowConfig
+) -> tuple[list[report.Row], report.Verdict]:
+    rows = assess(spectrum, forcing, flow)
     return rows, judge(rows)
 
 

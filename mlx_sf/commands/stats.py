@@ -4,9 +4,9 @@ from typing import Any
 
 import click
 
-from .. import device
-from ..metrics.inception import TAPS
-from ..metrics.reference import StatsOptions, make_statistics
+from ..device import defaults as device
+from ..metrics.checks import LAYERS
+from ..metrics.stats import StatsOptions, make_statistics
 
 
 @click.command(short_help="Make reference statistics for FID from a data set.")
@@ -15,13 +15,23 @@ from ..metrics.reference import StatsOptions, make_statistics
 @click.option("--output", "-o", required=True, type=click.Path(), help="The statistics file to write, NAME.npz.")
 @click.option("--num-images", "-n", type=int, help="Use the first N pictures. [default: all; 10000 scenes]")
 @click.option("--split", default="train", show_default=True, help="Split of a Hugging Face data set.")
-@click.option("--image-column", help="Its column of pictures. [default: found]")
-@click.option("--label-column", help="Its column of labels. [default: found]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the built-in scenes.")
+@click.option("--image-column", help="Column of pictures in a Hugging Face data set. [default: found]")
+@click.option("--label-column", help="Column of labels in a Hugging Face data set. [default: found]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the built-in scenes.")
 @click.option("--keep-features", is_flag=True, help="Keep all features: KID and precision/recall need them.")
-@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Images at a time.")
-@click.option("--inception-weights", type=click.Path(), help="Weights file, where it cannot be downloaded.")
-@click.option("--feature-layer", type=click.Choice(list(TAPS)[:4]), default="2048", show_default=True)
+@click.option(
+    "--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Pictures measured at a time."
+)
+@click.option(
+    "--inception-weights", type=click.Path(), help="File of the Inception weights, where they cannot be downloaded."
+)
+@click.option(
+    "--feature-layer",
+    type=click.Choice(LAYERS),
+    default="2048",
+    show_default=True,
+    help="Inception layer that features are taken from; 2048 is the one of published FIDs.",
+)
 def command(feature_layer: str, **options: Any) -> None:
     """Reference statistics of a data set, for `mlx-sf eval --ref`.
 

@@ -9,57 +9,149 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
-from .. import device
-from ..checkpoint import Checkpoint, resolve
-from ..config import Config
-from ..errors import MlxSfError
-from ..files import check_writable, sha256, writable_folder
-from ..generate import with_solver
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.config import Config
+from ..checkpoints.load import resolve
+from ..checkpoints.pipeline import Pipeline
+from ..common.files import check_writable, sha256, writable_folder
+from ..common.world import World
+from ..device import defaults as device
+from ..errors import MlxSfError, option
+from ..sampling.request import with_solver
 from . import report
-from .folder import PictureFolder
-from .measure import What, agreed, measure
+from .bands import Band, SpectralDistance
+from .checks import Options, check_options, check_space, settle_count, settle_metrics
+from .extractor import Extractor
+from .fetch import folder_fetch, in_class_order, sample_fetch
+from .picture_folder import EXTENSIONS, PictureFolder
+from .reference import Reference, keep
 from .report import Choices, Metrics
-from .scores import check_kid, check_precision_recall
-from .sources import Extractor, class_labels, describe_extractor, folder_fetch, sample_fetch
-from .statistics import Measured, check_comparable, read_statistics, write_statistics
+from .scores import MeanStd
+from .statistics_file import Measured, read_statistics
+from .stream import What, measure
 
-METRICS = ("fid", "is", "kid", "prc", "spectral")
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Options:
-    """What `mlx-sf eval` was asked for. Exactly one of `ckpt` and `samples` is set. None means the default."""
+class Score:
+    """What `evaluate` measured; a metric that was not asked for, or that the reference does not allow, is None.
 
-    ref: str
-    ckpt: str | None = None
-    samples: str | None = None
-    num_images: int | None = None
-    cfg: tuple[float, ...] = ()
-    weights: tuple[str, ...] = ()
-    solver: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # method, steps, cfg_low, cfg_high, t_eps
-    seed: int = 0
-    dtype: str | None = None
-    batch_size: int = 16
-    inception_weights: str | None = None
-    tap: str = "2048"
-    metrics: tuple[str, ...] | None = None
-    splits: int = 10
-    kid_subsets: int = 100
-    kid_subset_size: int = 1000
-    neighbours: int = 3
-    save_samples: bool = False
-    output: str = "evals"
-    table: str | None = None
+    Args:
+        count: number of pictures. fid: Frechet Inception distance. kid, inception_score: mean and deviation.
+        precision, recall: shares from 0 to 1. spectral: Frechet distance of log band powers, in all and per band.
+        notes: warnings for people. output: the folder with record, table and figures.
+    """
+
+    count: int
+    fid: float | None
+    kid: MeanStd | None
+    inception_score: MeanStd | None
+    precision: float | None
+    recall: float | None
+    spectral: SpectralDistance | None
+    notes: tuple[str, ...]
+    output: Path
+
+
+def evaluate(
+    source: str | os.PathLike[str] | Pipeline,
+    ref: str | os.PathLike[str],
+    *,
+    num_images: int | None = None,
+    cfg: float | None = None,
+    weights: str | None = None,
+    seed: int = 0,
+    dtype: str | None = None,
+    batch_size: int = 16,
+    metrics: Sequence[str] | None = None,
+    inception_weights: str | os.PathLike[str] | None = None,
+    feature_layer: str = "2048",
+    kid_subset_size: int = 1000,
+    save_samples: bool = False,
+    output: str | os.PathLike[str] = "evals",
+    say: Say | None = None,
+    **solver: Any,
+) -> Score:
+    """Measure pictures against a reference, as torch-fidelity would.
+
+    Args:
+        source: a checkpoint, a run's folder, a Hugging Face repo id or a `Pipeline`, from which pictures are drawn in
+            class order, picture i with seed `seed` + i; or a folder of finished pictures. Of a `Pipeline` the
+            settings count, and the weights in its file: they are read again.
+        ref: a statistics file (.npz, of `mlx-sf stats` or a published one), or a folder of pictures.
+        num_images: number of pictures, the same for each class; None is 50,000, or all of a folder.
+        cfg: guidance scale, weights: weight set, solver: the settings that `Pipeline.sample` takes; None and what is
+            left out are the checkpoint's (the `Pipeline`'s) own. None of them goes with finished pictures.
+        metrics: of "fid", "is", "kid", "prc", "spectral"; None is all that the reference allows.
+        inception_weights: the network's file, where it cannot be downloaded. feature_layer: "64", "192", "768" or
+            "2048". kid_subset_size: pictures in each subset of KID.
+        output: folder for the record, the table, figures and progress. A call that was interrupted goes on there.
+        say: called with each line of the report.
+
+    Under `mlx.launch` all processes call this with the same arguments, share the pictures, and get the same score.
+
+    Raises `MlxSfError` before anything is drawn where something asked for cannot be had.
+    """
+    o = _asked_for(
+        source, weights, cfg, dtype, solver,
+        ref=str(ref), num_images=num_images, seed=seed, batch_size=batch_size,
+        inception_weights=None if inception_weights is None else str(inception_weights), tap=feature_layer,
+        metrics=None if metrics is None else tuple(metrics), kid_subset_size=kid_subset_size,
+        save_samples=save_samples, output=str(output),
+    )  # fmt: skip
+    world = World.join()
+    with world.together():
+        evaluation = Evaluation(o, say or (lambda line: None))
+        results = evaluation.execute()
+        return _shared(_score(results[0][1], evaluation.output) if world.main else None, world)
+
+
+def _asked_for(
+    source: str | os.PathLike[str] | Pipeline,
+    weights: str | None,
+    cfg: float | None,
+    dtype: str | None,
+    solver: Mapping[str, Any],
+    **rest: Any,
+) -> Options:
+    """Options of one run: of a `Pipeline` its settings and its file, of a folder its pictures if it holds any."""
+    drawn: dict[str, Any] = {}
+    if isinstance(source, Pipeline):
+        s = source.config.sample
+        own = {"method": s.method, "steps": s.steps, "cfg_interval": (s.cfg_low, s.cfg_high), "sample_t_eps": s.t_eps}
+        weights, cfg = weights or source.config.weights[0], s.cfg if cfg is None else cfg
+        drawn, dtype = {**own, "shift": s.shift, "cfg_norm": s.cfg_norm}, dtype or source.dtype
+        source = source.path
+    pictures = Path(source).is_dir() and any(p.suffix.lower() in EXTENSIONS for p in Path(source).iterdir())
+    pictures = pictures and not any(p.suffix in (".safetensors", ".npz") for p in Path(source).iterdir())
+    return Options(
+        ckpt=None if pictures else str(source), samples=str(source) if pictures else None,
+        cfg=() if cfg is None else (cfg,), weights=() if weights is None else (weights,), dtype=dtype,
+        solver={**drawn, **{k: v for k, v in solver.items() if v is not None}}, **rest,
+    )  # fmt: skip
+
+
+def _score(m: Metrics, output: Path) -> Score:
+    p = m.precision_recall
+    precision, recall = (p.precision, p.recall) if p else (None, None)
+    return Score(m.count, m.fid, m.kid, m.inception_score, precision, recall, m.spectral, tuple(m.notes), output)
+
+
+def _shared(score: Score | None, world: World) -> Score:
+    """Rank 0's score on every rank."""
+    told = world.share(None if score is None else {**dataclasses.asdict(score), "output": str(score.output)})
+    for name in ("kid", "inception_score"):
+        told[name] = told[name] and MeanStd(**told[name])
+    if spectral := told["spectral"]:
+        told["spectral"] = SpectralDistance(spectral["total"], [Band(**b) for b in spectral["bands"]])
+    return Score(**{**told, "notes": tuple(told["notes"]), "output": Path(told["output"])})
 
 
 @dataclass(frozen=True)
@@ -76,125 +168,13 @@ class Run:
         return output / f"{self.label}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
-def settle_count(num_images: int | None, config: Config) -> int:
-    """Number of images: 50,000 or what was asked for; it must divide evenly over the classes, as in the reference."""
-    n, k = 50_000 if num_images is None else num_images, config.model.num_classes
-    if n < 2:
-        raise MlxSfError(f"--num-images is {n}, want at least 2")
-    if n % k:
-        lower, upper = n // k * k, (n // k + 1) * k
-        near = f"{lower} or {upper}" if lower else f"{upper}"
-        raise MlxSfError(f"--num-images {n} does not divide evenly over {k} classes: use {near}")
-    return n
-
-
-def settle_metrics(
-    o: Options, count: int, reference_count: int | None, has_rows: bool, has_spectrum: bool
-) -> tuple[tuple[str, ...], list[str]]:
-    """The metrics to compute, and why others are left out. One that was asked for and cannot be had is an error."""
-    reasons: dict[str, str] = {}
-    if count < o.splits:
-        reasons["is"] = f"Inception Score: {count} images for {o.splits} splits: use more images or fewer --is-splits"
-    if not has_rows:
-        need = "needs the reference's features: give a folder of pictures, or `mlx-sf stats --keep-features`, as --ref"
-        reasons["kid"], reasons["prc"] = f"KID {need}", f"precision/recall {need}"
-    else:
-        for name, check, number in (
-            ("kid", check_kid, o.kid_subset_size),
-            ("prc", check_precision_recall, o.neighbours),
-        ):
-            try:
-                check(count, reference_count or 0, number)
-            except MlxSfError as e:
-                reasons[name] = str(e)
-    if not has_spectrum:
-        reasons["spectral"] = "spectral distance needs a reference made by `mlx-sf stats`, or a folder of pictures"
-    if o.metrics is not None:
-        if bad := next((m for m in o.metrics if m not in METRICS), None):
-            raise MlxSfError(f"--metrics: {bad!r} is unknown, want {', '.join(METRICS)}")
-        if failed := next((m for m in o.metrics if m in reasons), None):
-            raise MlxSfError(reasons[failed])
-        return o.metrics, []
-    return tuple(m for m in METRICS if m not in reasons), [f"left out: {r}" for r in reasons.values()]
-
-
-# ---- the two sides ---------------------------------------------------------------------------------------------
-
-
-class Reference:
-    """The reference side: opened and checked at once, measured (if it is a folder) when asked for, once."""
-
-    def __init__(self, o: Options, extractor: Extractor, img_size: tuple[int, int], output: Path) -> None:
-        self.extractor, self.output, self.batch_size = extractor, output, o.batch_size
-        self.path = Path(o.ref).resolve()
-        self.folder: PictureFolder | None = None
-        self.statistics: Measured | None = None
-        self.notes: list[str] = []
-        if Path(o.ref).is_dir():
-            self.folder = PictureFolder(o.ref)
-            size = self.folder.check()
-            if size != img_size:
-                raise MlxSfError(
-                    f"{o.ref}: reference pictures are {size[1]}x{size[0]}, the samples {img_size[1]}x{img_size[0]}: "
-                    "crop them with `mlx-sf stats --data ... --img-size` and use its file"
-                )
-            self.count: int | None = len(self.folder)
-            if self.count < 2:
-                raise MlxSfError(f"{o.ref}: holds one picture, want at least 2 for a covariance")
-            self.has_rows = self.has_spectrum = True
-        else:
-            self.statistics = read_statistics(o.ref, extractor.tap, keep_rows=True)
-            facts = {"img_size": img_size, "tap": extractor.tap, "inception_sha256": extractor.sha256}
-            self.notes = check_comparable(facts, self.statistics)
-            self.count = self.statistics.count
-            self.has_rows, self.has_spectrum = self.statistics.rows is not None, self.statistics.spectrum is not None
-            if self.has_rows:
-                self.count = len(self.statistics.rows)  # type: ignore[arg-type]
-
-    def measured(self, keep_rows: bool, group: Any) -> Measured | None:
-        """The reference's statistics on rank 0; a folder's are kept in the output folder and found again there."""
-        if self.folder is None:
-            return self.statistics
-        assert self.folder.size is not None
-        key = f"{self.folder.fingerprint()}{self.extractor.sha256}{self.extractor.tap}{keep_rows}"
-        place = self.output / f"reference-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-        file = place / "statistics.npz"
-        if agreed(file.exists(), group):
-            return read_statistics(file, self.extractor.tap, keep_rows) if group.rank() == 0 else None
-        what = What(len(self.folder), self.folder.size, self.extractor.tap, keep_rows=keep_rows)
-        facts = {
-            **describe_extractor(self.extractor),
-            "img_size": list(self.folder.size),
-            "source": str(self.folder.root),
-        }
-        fetch = folder_fetch(self.folder, self.batch_size)
-        result = measure(self.extractor.network, what, fetch, "reference", group, place, facts)
-        return _keep(result, file, place, keep_rows)
-
-
-def _keep(result: Measured | None, file: Path, place: Path, keep_rows: bool) -> Measured | None:
-    """Write what was measured, drop the state it was built up in, and go on with what the file says.
-
-    So a run that finds the file computes to the bit what the run computed that wrote it.
-    """
-    if result is None:
-        return None
-    write_statistics(file, result)
-    for p in [*place.glob("state-*.npz"), *place.glob("features-*.npy")]:
-        p.unlink(missing_ok=True)
-    return read_statistics(file, result.provenance["tap"], keep_rows)
-
-
-# ---- an evaluation ---------------------------------------------------------------------------------------------
-
-
 class Evaluation:
     """Everything checked, nothing computed yet. `execute` does the work; `results` then holds what came out."""
 
     def __init__(self, o: Options, say: Say = print) -> None:
+        check_options(o)
         self.o, self.say = o, say
-        self.group: Any = mx.distributed.init()
-        self.leader = self.group.rank() == 0
+        self.world = World.join()
         self.output = writable_folder(o.output)
         self.table = Path(o.table) if o.table else self.output / "results.csv"
         check_writable(self.table)
@@ -227,15 +207,15 @@ class Evaluation:
         self.checkpoint = ckpt
         self.count = settle_count(o.num_images, ckpt.config)
         if not 0 <= o.seed < 2**63 - self.count:
-            raise MlxSfError(f"--seed is {o.seed}, want a number from 0 to 2^63")
-        self.img_size = (ckpt.config.model.img_size,) * 2
+            raise MlxSfError(f"{option('seed')} is {o.seed}, want a number from 0 to 2^63")
+        self.img_size = ckpt.config.model.size
         sets = [ckpt.pick(w) for w in (o.weights or (None,))]
         device.pick_dtype(o.dtype)
         configs = []
         for name in dict.fromkeys(sets):
             for cfg in dict.fromkeys(o.cfg or (ckpt.config.sample.cfg,)):
-                solved = with_solver(ckpt.config, {**o.solver, "cfg": float(cfg)})
-                configs.append(solved.replace(weights=(name,)))
+                sample = with_solver(ckpt.config.sample, {**o.solver, "cfg": float(cfg)})
+                configs.append(dataclasses.replace(ckpt.config, sample=sample, weights=(name,)))
         for name in dict.fromkeys(sets):
             ckpt.tensors(name)  # complete and finite, before the first of hours is spent
         return list(configs)
@@ -268,22 +248,16 @@ class Evaluation:
         return self.o.splits if "is" in self.choices.metrics else 0
 
     def _check_space(self) -> None:
-        """Refuse a disk that is sure to run full."""
         each = 60e6 + (8192 * self.count if self.keep_rows else 0)
         if self.o.save_samples:
             each += self.count * self.img_size[0] * self.img_size[1] * 1.5  # a PNG takes about half of its pixels
-        free, need = shutil.disk_usage(self.output).free, each * len(self.runs)
-        if free < need:
-            raise MlxSfError(
-                f"{self.output}: {free / 1e9:.1f} GB are free, about {need / 1e9:.1f} GB are needed: "
-                "choose another place with --output"
-            )
+        check_space(self.output, each * len(self.runs))
 
     def execute(self) -> list[tuple[Run, Metrics]]:
         """Measure the reference, then run by run: measure, compare, print, record. Rank 0 has the results."""
         for note in self.notes:
             self._say(f"note: {note}")
-        reference = self.reference.measured(self.keep_rows, self.group)
+        reference = self.reference.measured(self.keep_rows, self.world)
         for run in self.runs:
             start = time.time()
             measured = self._measure(run)
@@ -292,12 +266,12 @@ class Evaluation:
             metrics = report.compare(measured, reference, self.choices)
             self.results.append((run, metrics))
             self._record(run, metrics, reference, time.time() - start)
-        if self.leader:
+        if self.world.main:
             self._plot()
         return self.results
 
     def _say(self, line: str) -> None:
-        if self.leader:
+        if self.world.main:
             self.say(line)
 
     def _measure(self, run: Run) -> Measured | None:
@@ -307,8 +281,8 @@ class Evaluation:
         kinds = [(s, r) for s in (self._splits, self.o.splits) for r in (self.keep_rows, True)]
         places = [run.folder(self.output, splits=s, rows=r) for s, r in kinds]
         enough = [p for p in places if (p / file.name).exists()]
-        if agreed(bool(enough), self.group):
-            if not self.leader:
+        if self.world.share(bool(enough)):
+            if not self.world.main:
                 return None
             self._say(f"{run.label}: measured before, in {enough[0]}")
             return read_statistics(enough[0] / file.name, self.o.tap, self.keep_rows)
@@ -319,16 +293,12 @@ class Evaluation:
         else:
             assert self.checkpoint is not None
             png_folder = writable_folder(place / "samples") if self.o.save_samples else None
-            labels = class_labels(self.count, run.config)
-            fetch, source = (
-                sample_fetch(
-                    run.config, self.checkpoint, labels, self.o.seed, self.o.dtype, self.o.batch_size, png_folder
-                ),
-                "samples",
-            )
-        facts = {**describe_extractor(self.extractor), "img_size": list(self.img_size), "source": source}
-        result = measure(self.extractor.network, what, fetch, run.label, self.group, place, facts)
-        return _keep(result, file, place, self.keep_rows)
+            asked, o = in_class_order(self.count, run.config.model.num_classes), self.o
+            fetch = sample_fetch(self.checkpoint, run.config, asked, o.seed, o.dtype, o.batch_size, png_folder)
+            source = "samples"
+        facts = {**self.extractor.describe(), "img_size": list(self.img_size), "source": source}
+        result = measure(self.extractor.network, what, fetch, run.label, self.world, place, facts)
+        return keep(result, file, place, self.keep_rows)
 
     def _record(self, run: Run, metrics: Metrics, reference: Measured, seconds: float) -> None:
         record = run.folder(
@@ -359,7 +329,7 @@ class Evaluation:
             "inception": {"path": self.extractor.path, "sha256": self.extractor.sha256},
             "checkpoint_sha256": _sha256_of(self.checkpoint.path) if self.checkpoint is not None else None,
             "class_order": "in class order, equally many each; image i has seed + i",
-            "processes": self.group.size(), "seconds": round(seconds, 1), "machine": device.describe(),
+            "processes": self.world.size, "seconds": round(seconds, 1), "machine": device.describe(),
             "tf32": os.environ.get("MLX_ENABLE_TF32", "1") != "0",
         })  # fmt: skip
         samples = str(self.checkpoint.path) if self.checkpoint is not None else self.o.samples

@@ -12,7 +12,7 @@ from functools import cache, partial
 import mlx.core as mx
 import numpy as np
 
-from .. import lanes
+from ..device import lanes
 from ..errors import MlxSfError
 from .inception_weights import CONVS, FC
 

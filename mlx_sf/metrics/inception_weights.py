@@ -18,10 +18,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..errors import MlxSfError
-from ..files import replacing, sha256
-from ..progress import Progress
-from ..tensor_file import Entry, TensorFile, check_suffix, write_tensor_file
+from ..common.files import replacing, sha256
+from ..common.progress import Progress
+from ..errors import MlxSfError, option
+from ..formats.tensor_file import Entry, TensorFile, check_suffix, write_tensor_file
 
 FILE_NAME = "weights-inception-2015-12-05-6726825d.pth"
 FILE_BYTES = 95_628_359
@@ -218,7 +218,7 @@ def load_inception(path: str | os.PathLike[str] | None = None) -> dict[str, np.n
         return convert_inception(_read_safetensors(path), str(path))
     if magic == b"PK\x03\x04" and path.suffix == ".npz":
         return convert_inception(_read_npz(path), str(path))
-    from ..torch_file import open_torch_file
+    from ..formats.torch_file.reader import open_torch_file
 
     with open_torch_file(path) as file:
         root = file.root
@@ -231,7 +231,7 @@ def load_inception(path: str | os.PathLike[str] | None = None) -> dict[str, np.n
 
 def is_inception_file(path: str | os.PathLike[str]) -> bool:
     """Whether a `torch.save` file holds an Inception network; False also for what cannot be read as one."""
-    from ..torch_file import open_torch_file
+    from ..formats.torch_file.reader import open_torch_file
 
     try:
         with open_torch_file(Path(path)) as file:
@@ -292,7 +292,7 @@ def cache_folder() -> Path:
 def _by_hand() -> str:
     return (
         f"download {URLS[0]} (91 MB, SHA-256 {FILE_SHA256}) on any machine and put it at {cache_folder() / FILE_NAME}, "
-        "or name its place with --inception-weights"
+        f"or name its place with {option('inception_weights')}"
     )
 
 

@@ -1,75 +1,77 @@
-"""`mlx-sf stats`: reference statistics of a data set after the reference's crop."""
+"""The reference side of a comparison: a folder of pictures, or a statistics file."""
 
-import dataclasses
 import hashlib
-import json
-import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-import mlx.core as mx
-
-from ..data import open_source
+from ..common.world import World
 from ..errors import MlxSfError
-from ..files import check_writable
-from .measure import What, measure
-from .sources import Extractor, describe_extractor, source_fetch
-from .statistics import Measured, write_statistics
+from .checks import Options
+from .extractor import Extractor
+from .fetch import folder_fetch
+from .picture_folder import PictureFolder
+from .statistics_file import Measured, check_comparable, read_statistics, write_statistics
+from .stream import What, measure
 
 
-@dataclass(frozen=True)
-class StatsOptions:
-    """What `mlx-sf stats` was asked for. `data` None means the built-in scenes."""
+class Reference:
+    """The reference side: opened and checked at once, measured (if it is a folder) when asked for, once."""
 
-    data: str | None
-    img_size: int
-    output: str
-    num_images: int | None = None
-    split: str = "train"
-    image_column: str | None = None
-    label_column: str | None = None
-    seed: int = 0
-    inception_weights: str | None = None
-    tap: str = "2048"
-    batch_size: int = 16
-    keep_features: bool = False
+    def __init__(self, o: Options, extractor: Extractor, img_size: tuple[int, int], output: Path) -> None:
+        self.extractor, self.output, self.batch_size = extractor, output, o.batch_size
+        self.path = Path(o.ref).resolve()
+        self.folder: PictureFolder | None = None
+        self.statistics: Measured | None = None
+        self.notes: list[str] = []
+        if Path(o.ref).is_dir():
+            self.folder = PictureFolder(o.ref)
+            size = self.folder.check()
+            if size != img_size:
+                raise MlxSfError(
+                    f"{o.ref}: reference pictures are {size[1]}x{size[0]}, the samples {img_size[1]}x{img_size[0]}: "
+                    "make statistics of crops of that size with `mlx-sf stats` and use their file"
+                )
+            self.count: int | None = len(self.folder)
+            if self.count < 2:
+                raise MlxSfError(f"{o.ref}: holds one picture, want at least 2 for a covariance")
+            self.has_rows = self.has_spectrum = True
+        else:
+            self.statistics = read_statistics(o.ref, extractor.tap, keep_rows=True)
+            facts = {"img_size": img_size, "tap": extractor.tap, "inception_sha256": extractor.sha256}
+            self.notes = check_comparable(facts, self.statistics)
+            self.count = self.statistics.count
+            self.has_rows, self.has_spectrum = self.statistics.rows is not None, self.statistics.spectrum is not None
+            if self.has_rows:
+                self.count = len(self.statistics.rows)  # type: ignore[arg-type]
+
+    def measured(self, keep_rows: bool, world: World) -> Measured | None:
+        """The reference's statistics on rank 0; a folder's are kept in the output folder and found again there."""
+        if self.folder is None:
+            return self.statistics
+        assert self.folder.size is not None
+        key = f"{self.folder.fingerprint()}{self.extractor.sha256}{self.extractor.tap}{keep_rows}"
+        place = self.output / f"reference-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+        file = place / "statistics.npz"
+        if world.share(file.exists()):
+            return read_statistics(file, self.extractor.tap, keep_rows) if world.main else None
+        what = What(len(self.folder), self.folder.size, self.extractor.tap, keep_rows=keep_rows)
+        facts = {
+            **self.extractor.describe(),
+            "img_size": list(self.folder.size),
+            "source": str(self.folder.root),
+        }
+        fetch = folder_fetch(self.folder, self.batch_size)
+        result = measure(self.extractor.network, what, fetch, "reference", world, place, facts)
+        return keep(result, file, place, keep_rows)
 
 
-def make_statistics(o: StatsOptions, say: Callable[[str], None] = print) -> Measured | None:
-    """Measure a data set after the reference's crop and write a statistics file; resumes where it was interrupted."""
-    output = Path(o.output)
-    if output.suffix != ".npz":
-        raise MlxSfError(f"{output}: the name of a statistics file must end in .npz")
-    check_writable(output)
-    if o.img_size < 2:
-        raise MlxSfError(f"--img-size is {o.img_size}, want at least 2")
-    scenes = 10_000 if o.num_images is None else o.num_images
-    source = open_source(
-        o.data, o.img_size, decode="reference", split=o.split, image_column=o.image_column,
-        label_column=o.label_column, epoch_size=scenes, seed=o.seed,
-    )  # fmt: skip
-    count = len(source) if o.num_images is None else o.num_images
-    if not 2 <= count <= len(source):
-        raise MlxSfError(f"--num-images is {count}, want from 2 to the {len(source)} pictures of {source.describe()}")
-    extractor, group = Extractor(o.inception_weights, o.tap), mx.distributed.init()
-    facts = {
-        **describe_extractor(extractor), "img_size": [o.img_size] * 2, "source": o.data or f"scenes, seed {o.seed}",
-        "crop": "ADM: halved by a box filter, bicubic, centre", "split": o.split, "asked_for": count,
-    }  # fmt: skip
-    key = hashlib.sha256(json.dumps([facts, o.keep_features, len(source)]).encode()).hexdigest()[:8]
-    place = output.with_name(f".{output.stem}-{key}.partial")
-    skipped: list[str] = []
-    what = What(count, (o.img_size, o.img_size), o.tap, keep_rows=o.keep_features)
-    fetch = source_fetch(source, o.batch_size, skipped)
-    result = measure(extractor.network, what, fetch, source.describe(), group, place, facts)
+def keep(result: Measured | None, file: Path, place: Path, keep_rows: bool) -> Measured | None:
+    """Write what was measured, drop the state it was built up in, and go on with what the file says.
+
+    So a run that finds the file computes to the bit what the run computed that wrote it.
+    """
     if result is None:
         return None
-    missing = count - (result.count or 0)
-    result = dataclasses.replace(result, provenance={**facts, "skipped": missing})
-    write_statistics(output, result)
-    shutil.rmtree(place, ignore_errors=True)
-    if missing:
-        named = "; ".join(skipped[:3])
-        say(f"note: {missing} of {count} pictures could not be read and are left out ({named or 'see the first run'})")
-    return result
+    write_statistics(file, result)
+    for p in [*place.glob("state-*.npz"), *place.glob("features-*.npy")]:
+        p.unlink(missing_ok=True)
+    return read_statistics(file, result.provenance["tap"], keep_rows)

@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import MlxSfError
-from ..files import replacing
-from .frechet import frechet_distance, unreliable
+from ..common.files import replacing
+from ..errors import MlxSfError, option
+from .bands import SpectralDistance, spectral_distance
+from .moments import frechet_distance, unreliable
 from .scores import MeanStd, PrecisionRecall, kernel_distance, precision_recall
-from .spectral_distance import SpectralDistance, spectral_distance
-from .statistics import Measured
+from .statistics_file import Measured
 
 BIASED_BELOW = 10_000
 
@@ -44,7 +44,7 @@ class Choices:
 
 
 def compare(samples: Measured, reference: Measured, choices: Choices) -> Metrics:
-    """Compute the chosen metrics. What they need must be there: `evaluate.settle_metrics` sees to that."""
+    """Compute the chosen metrics. What they need must be there: `checks.settle_metrics` sees to that."""
     wanted, notes = choices.metrics, []
     count = samples.count or 0
     fid = kid = prc = spectral = None
@@ -131,9 +131,13 @@ def check_table(path: Path) -> None:
             with open(path, newline="") as f:
                 header = next(csv.reader(f), [])
         except (OSError, UnicodeDecodeError, csv.Error) as e:
-            raise MlxSfError(f"{path}: cannot be read as a table ({e}): name another file with --table") from None
+            raise MlxSfError(
+                f"{path}: cannot be read as a table ({e}): name another file with {option('table')}"
+            ) from None
         if tuple(header) != COLUMNS:
-            raise MlxSfError(f"{path}: is no table of evaluations (its first line differs): name another with --table")
+            raise MlxSfError(
+                f"{path}: is no table of evaluations (its first line differs): name another with {option('table')}"
+            )
 
 
 def append_row(path: Path, m: Metrics, facts: Mapping[str, Any]) -> None:

@@ -6,8 +6,8 @@ from typing import Literal
 
 import numpy as np
 
-from ..errors import MlxSfError
-from ..progress import Progress
+from ..common.progress import Progress
+from ..errors import MlxSfError, option
 
 SEED = 2020  # the reference's, for the shuffle of the Inception Score and the subsets of KID
 
@@ -51,7 +51,7 @@ class InceptionScore:
         self._sizes = np.diff(starts)
 
     def add(self, logits: np.ndarray, first: int) -> None:
-        """Take in logits (B, classes) of pictures `first`, `first` + 1, ..."""
+        """Add logits (B, classes) of pictures `first`, `first` + 1, ..."""
         z = logits.astype(np.float64)
         z -= z.max(axis=1, keepdims=True)
         log_p = z - np.log(np.exp(z).sum(axis=1, keepdims=True))
@@ -138,7 +138,7 @@ def check_kid(n1: int, n2: int, subset_size: int) -> None:
     if min(n1, n2) < subset_size or subset_size < 2:
         raise MlxSfError(
             f"KID: subsets of {subset_size} from sets of {n1} and {n2} pictures: "
-            f"use --kid-subset-size from 2 to {min(n1, n2)}, or more pictures"
+            f"use {option('kid_subset_size')} from 2 to {min(n1, n2)}, or more pictures"
         )
 
 

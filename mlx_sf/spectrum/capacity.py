@@ -6,19 +6,20 @@ data's spectrum and nothing else (S N / (S + N) with signal power S and noise po
 Only where a network beats the Wiener estimate does it model more than the spectrum: edges, shapes, classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
-from ..config import Config
-from ..data import Source
-from ..errors import MlxSfError
-from ..flow import Network, add_noise, velocity
-from ..lanes import split_batch
-from ..progress import Progress
-from ..sample import seeded_noise
+from ..checkpoints.config import Config
+from ..common.progress import Progress
+from ..data.sources import Source
+from ..device.lanes import split_batch
+from ..errors import MlxSfError, option
+from ..flow import add_noise, velocity
+from ..models import Asked, Condition, Network
+from ..sampling.noise import seeded_noise
 from .meter import MAX_GROUPS, MIN_IMAGES, Meter, Rings, Spectrum, loader, pictures
 
 TIMES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
@@ -107,11 +108,11 @@ def colour_wiener_error(signal: np.ndarray, known: np.ndarray, noise: float) -> 
     return np.asarray(np.trace(error, axis1=-2, axis2=-1) / 3)
 
 
-def labels_for(config: Config, source: Source, labels: np.ndarray) -> np.ndarray:
+def classes_for(config: Config, source: Source, labels: Sequence[Asked]) -> list[Asked]:
     """The pictures' labels where the network knows these classes, else "no class"."""
     names = config.class_names
     same = source.class_names == names if names else len(source.class_names) == config.model.num_classes > 1
-    return labels if same else np.full(len(labels), config.model.null_class)
+    return list(labels) if same else [None] * len(labels)
 
 
 def measure_capacity(
@@ -128,27 +129,29 @@ def measure_capacity(
     The pictures are picked at random, in another order than the spectrum's. Raises `MlxSfError` for other sizes than
     the spectrum's, fewer than 8 or more than 1024 pictures, or times outside (0, 1).
     """
-    if config.model.img_size != spectrum.img_size or source.size != spectrum.img_size:
+    size = (spectrum.img_size, spectrum.img_size)
+    if config.model.size != size or source.size != size:
         raise MlxSfError(
-            f"capacity: network {config.model.img_size}, pictures {source.size}, spectrum {spectrum.img_size} pixels, "
-            "want one size"
+            f"capacity: network {config.model.size}, pictures {source.size}, spectrum {size} pixels, want one size"
         )
     count = count if source.endless else min(count, len(source))
     if not MIN_IMAGES <= count <= MAX_GROUPS:
-        raise MlxSfError(f"capacity: {count} picture(s), want {MIN_IMAGES} to {MAX_GROUPS}: change --capacity-images")
+        raise MlxSfError(
+            f"capacity: {count} picture(s), want {MIN_IMAGES} to {MAX_GROUPS}: change {option('capacity_images')}"
+        )
     if not all(0 < t < 1 for t in times):
         raise MlxSfError(f"capacity: times are {tuple(times)}, want all above 0 and below 1")
     meter = Meter(spectrum.img_size, spectrum.n)
     errors: list[list[np.ndarray]] = [[] for _ in times]  # per time, per image: (K,)
-    network, done = split_batch(network), 0
+    run, done = split_batch(network, network.parameters), 0
     with Progress(count * len(times), "denoising error", "estimates") as bar:
         for images, labels in pictures(loader(source, count, seed + 1), count):
             meter.add(images)
             x = mx.array(images)
             noise = seeded_noise([seed + done + i for i in range(len(images))], source.size)
-            y = mx.array(labels_for(config, source, labels).astype(np.int32))
+            condition = network.condition(classes_for(config, source, labels))
             for i, t in enumerate(times):
-                estimate = denoised(network, config, x, noise, y, t)
+                estimate = denoised(run, config, x, noise, condition, t)
                 f = meter.coefficients(np.array(estimate - x))
                 errors[i] += list(meter.rings.mean((f**2).mean(axis=(1, 2))))
                 bar.update(len(images))
@@ -156,11 +159,18 @@ def measure_capacity(
     return _compared(spectrum, meter.finish(source.describe()), np.array(errors), times, config.flow.noise_scale)
 
 
-def denoised(network: Network, config: Config, x: mx.array, noise: mx.array, y: mx.array, t: float) -> mx.array:
+def denoised(
+    network: Callable[[mx.array, mx.array, Condition], mx.array],
+    config: Config,
+    x: mx.array,
+    noise: mx.array,
+    condition: Condition,
+    t: float,
+) -> mx.array:
     """The network's estimate of images x from t x + (1 - t) e, whatever it predicts: z + (1 - t) v."""
     flow, time = config.flow, mx.array([t], dtype=mx.float32)
     z = add_noise(x, noise, time, flow.noise_scale)
-    out = network(z, time, y).astype(mx.float32)
+    out = network(z, time, condition).astype(mx.float32)
     # 1 - t, bounded as in the velocity: what predicts x comes back as it was put out
     rest = max(1 - t, flow.t_eps)
     return z + rest * velocity(out, z, time, flow)

@@ -7,7 +7,6 @@ k = n - 1 is the finest horizontal or vertical detail; above it lies only the co
 forcing's radius is r = k / (sqrt(2) (n - 1)).
 """
 
-import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,36 +16,22 @@ from typing import Literal
 import mlx.core as mx
 import numpy as np
 
-from ..data import Source
-from ..errors import MlxSfError
-from ..hub_data import StreamSource
-from ..loader import Loader
-from ..progress import Progress
-from ..spectral import dct_matrix
-from ..train import pixels
+from ..common.pixels import ROUNDING_POWER, from_uint8
+from ..common.progress import Progress
+from ..data.loader import Loader
+from ..data.sources import Source
+from ..dct import Transform
+from ..errors import MlxSfError, option
 
 Channel = Literal["mean", "luminance", "red", "green", "blue"]
 CHANNELS: tuple[Channel, ...] = ("mean", "luminance", "red", "green", "blue")
 _WEIGHTS = {"luminance": (0.299, 0.587, 0.114), "red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1)}  # BT.601
 _PAIRS = ((0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2))  # of channels: the colour covariance of a ring
 
-# rounding to 8 bits puts this power on every coefficient of an image in [-1, 1]: less is no signal
-ROUNDING_POWER = (2 / 255) ** 2 / 12
 MIN_IMAGES = 8  # below, an interval from the spread between images says nothing
 MAX_GROUPS = 1024  # images are pooled into at most so many groups for the bootstrap
 _CHECKED = 200  # pictures whose own size is looked at
 _FEW = 0.05  # share of them that may be smaller than asked
-
-
-class Transform:
-    """Orthonormal 2-D DCT of images (..., height, width): float32 on MLX's device."""
-
-    def __init__(self, height: int, width: int) -> None:
-        self._rows = mx.array(dct_matrix(height).astype(np.float32))
-        self._columns = mx.array(dct_matrix(width).astype(np.float32))
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return (self._rows @ x) @ self._columns.T
 
 
 class Rings:
@@ -141,7 +126,7 @@ class Meter:
         self._per_group = 1
 
     def add(self, images: np.ndarray) -> None:
-        """Take in images (B, 3, H, W) in [-1, 1]."""
+        """Add images (B, 3, H, W) in [-1, 1]."""
         coefficients = self.coefficients(images)
         for f in coefficients:  # one by one: the products of a batch would be large
             products = np.stack([f[:, a] * f[:, b] for a, b in _PAIRS])
@@ -181,7 +166,7 @@ class Meter:
         if sizes.sum() < MIN_IMAGES:
             raise MlxSfError(
                 f"{where}: {int(sizes.sum())} image(s), want at least {MIN_IMAGES} for a spectrum with intervals: "
-                "add pictures, or raise --num-images"
+                f"add pictures, or raise {option('num_images')}"
             )
         if self.flat == sizes.sum():
             raise MlxSfError(
@@ -203,14 +188,22 @@ def measure(source: Source, count: int, window_size: int | None = None, seed: in
     if count < MIN_IMAGES:
         raise MlxSfError(
             f"{source.describe()}: {count} picture(s) to measure, want at least {MIN_IMAGES}: "
-            "add pictures, or raise --num-images"
+            f"add pictures, or raise {option('num_images')}"
         )
-    meter, batches = Meter(source.size, window_size, ROUNDING_POWER), loader(source, count, seed)
+    meter, batches = Meter(square_side(source), window_size, ROUNDING_POWER), loader(source, count, seed)
     with Progress(count, "spectrum", "pictures") as bar:
         for images, _ in pictures(batches, count):
             meter.add(images)
             bar.update(len(images))
     return meter.finish(source.describe(), len(batches.bad))
+
+
+def square_side(source: Source) -> int:
+    """The side of a source's square pictures in pixels."""
+    height, width = source.size
+    if height != width:
+        raise MlxSfError(f"{source.describe()}: its pictures are {height}x{width}, want squares for a spectrum")
+    return height
 
 
 def _batch_size(count: int) -> int:
@@ -222,12 +215,12 @@ def loader(source: Source, count: int, seed: int) -> Loader:
     return Loader(source, _batch_size(count), seed, flip=False)
 
 
-def pictures(batches: Loader, count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The first `count` images (b, 3, H, W) in [-1, 1] with their labels (b,)."""
+def pictures(batches: Loader, count: int) -> Iterator[tuple[np.ndarray, tuple[int | str, ...]]]:
+    """The first `count` images (b, 3, H, W) in [-1, 1] with their b labels."""
     left = count
     for batch in batches.batches():
         take = min(left, len(batch.images))
-        yield np.array(pixels(mx.array(batch.images[:take]))), batch.labels[:take]
+        yield np.array(from_uint8(mx.array(batch.images[:take]))), batch.labels[:take]
         left -= take
         if not left:
             return
@@ -238,27 +231,15 @@ def check_sizes(source: Source, seed: int = 0) -> str | None:
 
     Looks at no more than 200 of them. A few small ones are allowed; the sentence returned says how many.
     """
-    sides = list(itertools.islice(_short_sides(source, seed), _CHECKED))
-    small = [s for s in sides if s < source.size]
+    sides, wanted = list(source.short_sides(seed, _CHECKED)), min(source.size)
+    small = [s for s in sides if s < wanted]
     if not small:
         return None
-    said = (
-        f"{len(small)} of {len(sides)} pictures looked at are smaller than {source.size} pixels (down to {min(small)})"
-    )
+    said = f"{len(small)} of {len(sides)} pictures looked at are smaller than {wanted} pixels (down to {min(small)})"
     if len(small) > _FEW * len(sides):
         fits = int(np.quantile(sides, _FEW))
         raise MlxSfError(
-            f"{source.describe()}: {said}: enlarged, they hold no fine detail: pass --img-size {fits} or less, "
-            "or --enlarge to measure them all the same"
+            f"{source.describe()}: {said}: enlarged, they hold no fine detail: pass {option('img_size')} {fits} "
+            f"or less, or {option('enlarged')} to measure them all the same"
         )
     return said
-
-
-def _short_sides(source: Source, seed: int) -> Iterator[int]:
-    if isinstance(source, StreamSource):
-        return (s for row in source.rows(seed, 0) if (s := source.short_side_of(row)) is not None)
-    probe = getattr(source, "short_side", None)
-    if probe is None:  # drawn at any size, as the scenes are
-        return iter(())
-    order = np.random.default_rng(seed).permutation(len(source))[:_CHECKED]
-    return (s for i in order if (s := probe(int(i))) is not None)

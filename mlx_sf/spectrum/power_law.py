@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from ..errors import MlxSfError
+from ..errors import MlxSfError, option
 from .meter import Channel, Spectrum
 
 FIT_LOW = 4  # the mean and the three lowest rings hold few coefficients, and the composition of the pictures
@@ -92,7 +92,7 @@ def fit_power_law(
     if used.sum() < MIN_RINGS:
         raise MlxSfError(
             f"spectrum: {used.sum()} ring(s) between k = {low} and {high} hold more than 8-bit rounding, "
-            f"want at least {MIN_RINGS} for a fit: take larger images or a wider --fit-range"
+            f"want at least {MIN_RINGS} for a fit: take larger images or a wider {option('fit_range')}"
         )
     line = _Line(spectrum, used)
     log_a, alpha, x = line.solve(np.log(power[used]))

@@ -62,7 +62,7 @@ def data_schedule(
 ) -> tuple[float, ...]:
     """Cutoff radii (steps + 1,) at equal steps of t from 0 to 1: where the data-to-noise ratio equals `delta`.
 
-    They never fall, start at 0 and end at 1: `ModelConfig(scale_schedule="data", schedule_cutoffs=...)`. `power` (K,)
+    They never fall, start at 0 and end at 1: `ForcingConfig(scale_schedule="data", schedule_cutoffs=...)`. `power` (K,)
     replaces the measured power, by a fit say. A larger delta filters more. Raises `MlxSfError` unless delta and the
     noise scale are positive numbers.
     """

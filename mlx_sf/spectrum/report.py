@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
-from ..config import Config, FlowConfig
-from ..files import replacing
+from ..checkpoints.config import Config
+from ..common.files import replacing
+from ..flow import FlowConfig
 from .capacity import Capacity, decibels
 from .meter import CHANNELS, Channel, Spectrum
 from .power_law import PowerLaw, compared
@@ -77,7 +78,7 @@ def meaning() -> list[str]:
         "data.",
         f"bold: more than {BOLD_SHARE:.0%} of the coefficients in between lie above the cutoff. right: none of these.",
         "passed: mask at least 1/2; energies count with the mask's square; signal without the mean brightness.",
-        "Bands fainter than the noise are not worthless: a network pools coefficients, --ckpt shows how far down.",
+        "Bands fainter than the noise are not worthless: a network pools coefficients, as its capacity shows.",
     ]
 
 

@@ -12,8 +12,8 @@ from typing import Literal, get_args
 import numpy as np
 from scipy.special import logit, ndtr
 
-from ..config import FlowConfig, ModelConfig
-from ..spectral import cutoffs, masks
+from ..flow import FlowConfig
+from ..spectral import ForcingConfig, cutoffs, masks
 from .meter import Spectrum
 from .ratio import contour, data_to_noise
 
@@ -78,22 +78,25 @@ def training_share(low: np.ndarray, high: np.ndarray, flow: FlowConfig) -> np.nd
         )
 
 
-def assess(spectrum: Spectrum, model: ModelConfig, flow: FlowConfig, times: np.ndarray | None = None) -> list[Row]:
-    """A row per time (default 0, 0.05, ..., 1): what the model's forcing does to these data.
+def assess(
+    spectrum: Spectrum, forcing: ForcingConfig | None, flow: FlowConfig, times: np.ndarray | None = None
+) -> list[Row]:
+    """A row per time (default 0, 0.05, ..., 1): what a forcing does to these data; None passes everything.
 
-    A model without forcing is described as one that passes everything.
+    Its windows must be those that the spectrum was measured in.
     """
     t = np.linspace(0, 1, 21) if times is None else np.asarray(times, dtype=np.float64)
     edges = np.concatenate([[0.0], (t[1:] + t[:-1]) / 2, [1.0]])
     training = training_share(edges[:-1], edges[1:], flow)
     power, rings = spectrum.power(), spectrum.rings
-    c = cutoffs(model, t) if model.spectral_forcing else np.full(len(t), np.sqrt(2))
+    size = (spectrum.img_size, spectrum.img_size)
+    c = np.full(len(t), np.sqrt(2)) if forcing is None else cutoffs(forcing, t)
     k_c = c / rings.fraction(1.0)
     edge, faint = (contour(spectrum.k, power, t, flow.noise_scale, level) for level in (1.0, BURIED))
     ratios = data_to_noise(power, t, flow.noise_scale)
     rows = []
     for i, time in enumerate(t):
-        mask = masks(model, time)[0] if model.spectral_forcing else np.ones((spectrum.n, spectrum.n))
+        mask = np.ones((spectrum.n, spectrum.n)) if forcing is None else masks(forcing, size, time)[0]
         at_cutoff = np.exp(np.interp(k_c[i], spectrum.k[1:], np.log(np.maximum(power[1:], 1e-300))))
         rows.append(
             Row(

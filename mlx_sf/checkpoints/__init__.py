@@ -1,0 +1,1 @@
+"""Checkpoints: what they say about themselves, finding, loading, writing and converting them."""

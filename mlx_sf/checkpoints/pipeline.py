@@ -1,0 +1,179 @@
+"""A checkpoint ready to draw: what `mlx_sf.load` gives, and what the commands draw with."""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import __version__
+from ..common.pixels import to_uint8
+from ..common.world import World
+from ..device.defaults import dequantize_by_default, dtype_name, pick_dtype
+from ..errors import MlxSfError
+from ..formats.png import Picture
+from ..models import Asked
+from ..models.quantize import describe
+from ..sampling.generate import generate
+from ..sampling.output import finite_images
+from ..sampling.request import Request, find_classes, make_request, with_solver
+from ..sampling.sampler import Sampler
+from ..sampling.solvers import State
+from .checkpoint import Checkpoint
+from .config import Config
+from .load import demo_checkpoint, load_model, resolve
+
+
+def load(
+    path: str | os.PathLike[str] | Checkpoint | None = None,
+    *,
+    weights: str | None = None,
+    dtype: str | None = None,
+    dequantize: bool | None = None,
+) -> "Pipeline":
+    """Load a checkpoint to draw from.
+
+    Args:
+        path: a file, a run's folder (its newest checkpoint), or a Hugging Face repo id "org/name"; None is the demo
+            model that comes with the program.
+        weights: the weight set, "model", "ema1" or "ema2"; None is ema1 where there is one.
+        dtype: of the matrix products, "float32", "bfloat16" or "float16"; None is the device's default.
+        dequantize: expand quantised weights to floats; None does so on a CPU, where their products are slow.
+
+    Raises `MlxSfError` for anything that is not a complete checkpoint.
+    """
+    checkpoint = (
+        path if isinstance(path, Checkpoint) else Checkpoint(demo_checkpoint() if path is None else resolve(path))
+    )
+    expand = dequantize_by_default() if dequantize is None else dequantize
+    network, config = load_model(checkpoint, weights, pick_dtype(dtype), expand)
+    # what is drawn is what the file holds, expanded or not: pictures say how it was quantised
+    config = dataclasses.replace(config, quantization=checkpoint.config.quantization)
+    return Pipeline(network, config, checkpoint.path, dtype_name(pick_dtype(dtype)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """A loaded network with its configuration, drawing pictures.
+
+    Args:
+        network: the network (`models.Network`). config: what its checkpoint says. path: the checkpoint's file.
+        dtype: the type of its matrix products, by name.
+    """
+
+    network: Any
+    config: Config
+    path: Path
+    dtype: str
+
+    def sample(
+        self,
+        classes: Sequence[Asked] | Asked = None,
+        *,
+        num_images: int | None = None,
+        seed: int = 0,
+        noise: np.ndarray | str | None = None,
+        batch_size: int = 8,
+        **solver: Any,
+    ) -> list[Picture]:
+        """Draw pictures: PIL images that carry their settings, also into the PNG files they are saved to.
+
+        Args:
+            classes: class numbers or names, or prompts for a model that takes them, one picture each; the string
+                "null" is no class; None goes through all classes.
+            num_images: number of pictures; `classes` are gone through in turn. None: one for each of `classes`.
+            seed: picture i has seed `seed` + i and depends on that alone.
+            noise: instead of seeds, initial noise: float32 (N, 3, H, W), standard normal, or the name of an .npy file.
+            batch_size: pictures at a time.
+            solver: steps, method ("heun", "euler", "multistep"), cfg (guidance scale, 1 is off), cfg_interval
+                (low, high), sample_t_eps, shift, cfg_norm; what is left out is the checkpoint's own.
+
+        Raises `MlxSfError` for a class that the model does not have, and for settings out of range.
+        """
+        request = request_for(self.config, classes, num_images, seed, noise)
+        config = self.with_solver(solver).config
+        pictures: list[Picture] = []
+        for numbers, state in generate(self.network, config.flow, config.sample, request, batch_size):
+            if state.step == state.steps:
+                for i, picture in zip(numbers, to_uint8(finite_images(state.z, numbers)), strict=True):
+                    pictures.append(Picture.of(picture, facts(config, request, i, self.path, self.dtype)))
+        return pictures
+
+    def states(
+        self,
+        classes: Sequence[Asked] | Asked = None,
+        *,
+        num_images: int | None = None,
+        seed: int = 0,
+        noise: np.ndarray | str | None = None,
+        **solver: Any,
+    ) -> Iterator[State]:
+        """Watch one batch being drawn: the states after each step, not yet evaluated (`mx.eval(state.z)`).
+
+        Takes what `sample` takes. `state.z` (N, 3, H, W) is the state at time `state.t`, `state.x` the finished picture
+        that it implies, both in [-1, 1] for finished pictures; `mlx_sf.to_uint8` makes pixels of either.
+        """
+        request = request_for(self.config, classes, num_images, seed, noise)
+        config = self.with_solver(solver).config
+        sampler = Sampler(self.network, config.flow, config.sample)
+        return sampler.states(request.initial_noise(config.model.size), request.asked)
+
+    def with_solver(self, solver: dict[str, Any]) -> "Pipeline":
+        """The same network drawing with other settings; None leaves the checkpoint's own."""
+        return dataclasses.replace(
+            self, config=dataclasses.replace(self.config, sample=with_solver(self.config.sample, solver))
+        )
+
+    def generate(
+        self, request: Request, batch_size: int, world: World | None = None
+    ) -> Iterator[tuple[Sequence[int], State]]:
+        """States of this process's batches, each with the numbers of its images; evaluated."""
+        return generate(self.network, self.config.flow, self.config.sample, request, batch_size, world)
+
+    def facts(self, request: Request, i: int) -> dict[str, Any]:
+        """Everything needed to draw image i again."""
+        return facts(self.config, request, i, self.path, self.dtype)
+
+
+def request_for(
+    config: Config,
+    classes: Sequence[Asked] | Asked = None,
+    num_images: int | None = None,
+    seed: int = 0,
+    noise: np.ndarray | str | os.PathLike[str] | None = None,
+) -> Request:
+    """A request checked against a checkpoint's configuration, before its weights are read."""
+    k, size = config.model.num_classes, config.model.size
+    wanted = None if classes is None else [classes] if isinstance(classes, int | str) else list(classes)
+    if k:
+        asked = None if wanted is None else find_classes(wanted, k, config.class_names)
+        return make_request(asked, range(k), num_images, seed, size, noise)
+    if not wanted or not all(isinstance(w, str) for w in wanted):
+        raise MlxSfError(f"{config.name}: draws from prompts, want at least one text, got {wanted!r}")
+    return make_request(wanted, wanted, num_images, seed, size, noise)
+
+
+def facts(config: Config, request: Request, i: int, path: Path, dtype: str) -> dict[str, Any]:
+    """Everything needed to draw image i again, for its PNG."""
+    s, asked, names = config.sample, request.asked[i], config.class_names
+    return {
+        "program": f"mlx-sf {__version__}",
+        "model": config.name,
+        "checkpoint": path.name,
+        "weights": config.weights[0],
+        **({"prompt": asked} if isinstance(asked, str) else {"class": "null" if asked is None else asked}),
+        **({"class_name": names[asked]} if isinstance(asked, int) and names else {}),
+        **({"seed": request.seeds[i]} if request.noise is None else {"noise": f"image {i} of a file"}),
+        "steps": s.steps,
+        "method": s.method,
+        "cfg": s.cfg,
+        "cfg_interval": [s.cfg_low, s.cfg_high],
+        "t_eps": s.t_eps if s.t_eps is not None else config.flow.t_eps,
+        **({"shift": s.shift} if s.shift != 1 else {}),
+        **({"cfg_norm": s.cfg_norm} if s.cfg_norm != "none" else {}),
+        "noise_scale": config.flow.noise_scale,
+        "dtype": dtype,
+        **({"quantized": describe(config.quantization)} if config.quantization else {}),
+    }

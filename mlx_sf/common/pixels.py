@@ -1,0 +1,19 @@
+"""uint8 pictures <-> values in [-1, 1]: the one place where either becomes the other."""
+
+import mlx.core as mx
+import numpy as np
+
+# rounding to 8 bits puts this power on every coefficient of an image in [-1, 1]: less is no signal
+ROUNDING_POWER = (2 / 255) ** 2 / 12
+
+
+def to_uint8(x: mx.array | np.ndarray) -> np.ndarray:
+    """Images (..., 3, H, W) in [-1, 1] -> pictures (..., H, W, 3) uint8: 255 (x + 1) / 2, clipped, ties to even."""
+    v = np.asarray(x, dtype=np.float32)
+    v = (v + np.float32(1)) / np.float32(2) * np.float32(255)
+    return np.moveaxis(np.round(np.clip(v, 0, 255)), -3, -1).astype(np.uint8)
+
+
+def from_uint8(pictures: mx.array) -> mx.array:
+    """uint8 pictures (B, H, W, 3) -> images (B, 3, H, W) float32 in [-1, 1], rounded as in the reference."""
+    return 2 * (pictures.astype(mx.float32) / 255).transpose(0, 3, 1, 2) - 1

@@ -1,0 +1,246 @@
+"""Hugging Face data sets as sources of training pictures: with random access, or read as a stream."""
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import MlxSfError, option
+from .decode import BadPictureError, Decode, load_picture, short_side
+from .numbered import NumberedSource, Picture, square_or
+
+
+class DatasetSource(NumberedSource):
+    """A Hugging Face data set: a hub name, or a local folder or file (save_to_disk, parquet, arrow).
+
+    The image column is the one of image type, or the one named; the label column is the named one, or "label",
+    "labels", "class", "fine_label", or the only one of class type; without any, all pictures are one class.
+    Columns that are not named are "".
+    """
+
+    def __init__(
+        self,
+        path: str,
+        size: tuple[int, int],
+        decode: Decode = "upright",
+        split: str = "train",
+        image_column: str = "",
+        label_column: str = "",
+    ) -> None:
+        import datasets
+
+        super().__init__()
+        self.path, self.size, self._decode = path, size, decode
+        data = _open_dataset(path, split, streaming=False)
+        self._image, self._label = _find_columns(path, data.features, image_column, label_column)
+        if not len(data):
+            raise MlxSfError(f"{path}: the data set's split {split!r} is empty")
+        self.class_names, labels = _dataset_labels(path, data, self._label)
+        self._labels = labels if labels is not None else np.zeros(len(data), np.int64)
+        self._data = data.select_columns([self._image]).cast_column(self._image, datasets.Image(decode=False))
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def load(self, index: int) -> Picture:
+        return _decode_item(self._data[index][self._image], self.size, self._decode), int(self._labels[index])
+
+    def short_side(self, index: int) -> int | None:
+        """The stored picture's own shorter side in pixels; None where it cannot be read."""
+        return _side_of_item(self._data[index][self._image])
+
+    def name(self, index: int) -> str:
+        return f"{self.path} row {index}"
+
+    def describe(self) -> str:
+        columns = ", ".join(c for c in (self._image, self._label) if c)
+        return f"{self.path}: {len(self)} pictures, {len(self.class_names)} class(es), column(s) {columns}"
+
+
+def _decode_item(item: Any, size: tuple[int, int], decode: Decode) -> np.ndarray:
+    if not isinstance(item, dict) or not (item.get("bytes") or item.get("path")):
+        raise BadPictureError("the row holds no picture")
+    return load_picture(item.get("bytes") or item["path"], size, decode)
+
+
+def _side_of_item(item: Any) -> int | None:
+    stored = isinstance(item, dict) and (item.get("bytes") or item.get("path"))
+    return short_side(stored) if stored else None
+
+
+def _open_dataset(path: str, split: str, streaming: bool) -> Any:
+    """A `datasets.Dataset` (or its streaming kind); every failure is one line."""
+    import datasets
+
+    local = Path(path)
+    try:
+        if local.is_dir() and ((local / "state.json").exists() or (local / "dataset_dict.json").exists()):
+            data = datasets.load_from_disk(path)
+            if isinstance(data, datasets.DatasetDict):
+                if split not in data:
+                    raise MlxSfError(
+                        f"{path}: no split {split!r}, it has {', '.join(data)}: choose with {option('split')}"
+                    )
+                data = data[split]
+            return data.to_iterable_dataset() if streaming else data
+        if local.exists():
+            files = [path] if local.is_file() else sorted(str(p) for p in local.rglob("*.parquet"))
+            kind = "arrow" if path.endswith(".arrow") else "parquet"
+            return datasets.load_dataset(kind, data_files={split: files}, split=split, streaming=streaming)
+        from huggingface_hub.utils import logging
+
+        logging.set_verbosity_error()  # its retries without a network are not for our user: one line says it all
+        return datasets.load_dataset(path, split=split, streaming=streaming)
+    except MlxSfError:
+        raise
+    except Exception as e:  # the library's errors have no common base
+        lines = str(e).strip().splitlines() or [type(e).__name__]
+        raise MlxSfError(
+            f"{path}: neither a folder or file here nor a data set on the Hub that can be opened ({lines[0][:200]})"
+        ) from None
+
+
+def _find_columns(path: str, features: Any, image_column: str, label_column: str) -> tuple[str, str]:
+    """Names of the image column and of the label column ("": none); "" is to be found."""
+    import datasets
+
+    columns = dict(features or {})
+    for asked, name in ((image_column, "image_column"), (label_column, "label_column")):
+        if asked and asked not in columns:
+            raise MlxSfError(f"{path}: no column {asked!r}, it has {', '.join(columns)}: change {option(name)}")
+    images = [name for name, kind in columns.items() if isinstance(kind, datasets.Image)]
+    image = image_column or next(iter(images), "")
+    if not image:
+        raise MlxSfError(
+            f"{path}: no column of images among {', '.join(columns)}: name it with {option('image_column')}"
+        )
+    if not label_column:
+        usual = [n for n in ("label", "labels", "class", "fine_label") if n in columns]
+        typed = [n for n, kind in columns.items() if isinstance(kind, datasets.ClassLabel)]
+        label_column = usual[0] if usual else typed[0] if len(typed) == 1 else ""
+        if not label_column and len(typed) > 1:
+            both = ", ".join(typed)
+            raise MlxSfError(f"{path}: {both} could all be the label: name one with {option('label_column')}")
+    return image, label_column
+
+
+def _dataset_labels(path: str, data: Any, column: str) -> tuple[tuple[str, ...], np.ndarray | None]:
+    """Class names, and one label per row (None: all 0). Strings become classes in sorted order."""
+    import datasets
+
+    if not column:
+        return (Path(path).name,), None
+    kind, values = data.features[column], list(data[column])
+    if isinstance(kind, datasets.ClassLabel):
+        names = tuple(kind.names)
+    elif values and all(isinstance(v, str) for v in values):
+        names = tuple(sorted(set(values)))
+        return names, np.searchsorted(np.array(names), np.array(values))
+    elif values and all(isinstance(v, int) for v in values):
+        names = tuple(str(i) for i in range(max(values) + 1))
+    else:
+        raise MlxSfError(
+            f"{path}: column {column!r} holds neither class numbers nor names: name another with "
+            f"{option('label_column')}"
+        )
+    labels = np.array(values, dtype=np.int64)
+    if labels.min() < 0 or labels.max() >= len(names):
+        at = int(np.argmax((labels < 0) | (labels >= len(names))))
+        raise MlxSfError(f"{path} row {at}: label {labels[at]}, want 0 to {len(names) - 1} (-1 often marks a test set)")
+    return names, labels
+
+
+class StreamSource:
+    """A Hugging Face data set read as a stream, for what does not fit on the disk.
+
+    `length` pictures make an epoch. The order is that of a shuffle buffer seeded by (seed, epoch); a resumed run
+    reads and discards what it had seen of its epoch. `num_classes` is for streams whose label column does not say.
+    """
+
+    endless = False
+    cacheable = False
+    _BUFFER = 1000
+
+    def __init__(
+        self,
+        path: str,
+        size: tuple[int, int],
+        length: int = 0,
+        decode: Decode = "upright",
+        split: str = "train",
+        image_column: str = "",
+        label_column: str = "",
+        num_classes: int = 0,
+    ) -> None:
+        import datasets
+
+        self.path, self.size, self._decode, self.bad = path, size, decode, dict[str, str]()
+        data = _open_dataset(path, split, streaming=True)
+        self._image, self._label = _find_columns(path, data.features, image_column, label_column)
+        kind = data.features[self._label] if self._label else None
+        self.class_names: tuple[str, ...]
+        if isinstance(kind, datasets.ClassLabel):
+            self.class_names = tuple(kind.names)
+        elif not self._label:
+            self.class_names = (Path(path).name,)
+        elif num_classes:
+            self.class_names = tuple(str(i) for i in range(num_classes))
+        else:
+            raise MlxSfError(
+                f"{path}: how many classes column {self._label!r} has cannot be seen: say it with "
+                f"{option('num_classes')}"
+            )
+        known = getattr((data.info.splits or {}).get(split), "num_examples", None)
+        if not (length or known):
+            raise MlxSfError(
+                f"{path}: how many pictures the stream has is not known: set the length of an epoch with "
+                f"{option('epoch_size')}"
+            )
+        self._length = int(length or known or 0)
+        self._data = data.cast_column(self._image, datasets.Image(decode=False))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def epoch(self, seed: int, epoch: int) -> Iterator[Callable[[], Picture]]:
+        """The pictures of an epoch in its order, not yet decoded; again from the start should the stream end early."""
+        for number, row in enumerate(self._rows(seed, epoch)):
+            yield partial(self._decode_row, row, f"{self.path} (stream), picture {number} of epoch {epoch}")
+
+    def _rows(self, seed: int, epoch: int) -> Iterator[Any]:
+        data = self._data.shuffle(seed=seed, buffer_size=self._BUFFER)
+        data.set_epoch(epoch)
+        while True:
+            empty = True
+            for row in data:
+                empty = False
+                yield row
+            if empty:
+                raise MlxSfError(f"{self.path}: the stream holds no row")
+
+    def _decode_row(self, row: Any, name: str) -> Picture:
+        try:
+            label = int(row[self._label]) if self._label else 0
+            if not 0 <= label < len(self.class_names):
+                raise BadPictureError(f"label {label}, want 0 to {len(self.class_names) - 1}")
+            return _decode_item(row[self._image], self.size, self._decode), label
+        except BadPictureError as e:
+            self.bad[name] = str(e)
+            raise
+
+    def fingerprint(self) -> str:
+        """Identity as far as a resumed run can check it: names of the classes, size and length."""
+        identity = repr((self.class_names, square_or(self.size), len(self)))
+        return hashlib.sha256(identity.encode()).hexdigest()[:16]
+
+    def short_sides(self, seed: int, count: int) -> Iterator[int]:
+        """The shorter sides in pixels of the first `count` pictures that can be read."""
+        sides = (_side_of_item(row[self._image]) for row in self._rows(seed, 0))
+        return itertools.islice((s for s in sides if s is not None), count)
+
+    def describe(self) -> str:
+        return f"{self.path}: stream, {self._length} pictures an epoch, {len(self.class_names)} class(es)"

@@ -1,0 +1,1 @@
+"""File formats that know nothing of networks: tensor containers, PyTorch files, PNG."""

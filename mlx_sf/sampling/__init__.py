@@ -1,0 +1,1 @@
+"""From noise to pictures: the time grid, solvers, guidance, requests, outputs."""

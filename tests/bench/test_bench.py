@@ -1,0 +1,130 @@
+"""What the benchmarks promise besides times: the same work on both sides, tables that add up, a figure written."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_sf.bench import forcing, rates, solvers, suite
+from mlx_sf.bench.profile import profile_step
+from mlx_sf.bench.report import solver_lines
+from mlx_sf.bench.sampling import measure_sampling
+from mlx_sf.models.jit_sizes import model_config
+from mlx_sf.spectral import SpectralForcing
+
+NANO = ["--size", "nano/8", "--img-size", "16"]
+
+
+@pytest.mark.parametrize("changes", solvers.RANDOM.values(), ids=solvers.RANDOM)
+def test_random_networks_depend_on_all_inputs(changes):
+    model, _ = solvers.random_network(**changes)
+    z = mx.random.normal((1, 3, 32, 32), key=mx.random.key(0))
+
+    def out(z=z, t=0.3, y=1):
+        return np.asarray(model(z, mx.array([t]), model.condition([y])))
+
+    for other in (out(z=1.1 * z), out(t=0.4), out(y=2)):
+        assert np.sqrt(np.mean((other - out()) ** 2)) > 1e-3 * np.abs(out()).max()
+
+
+def test_solvers_converge_to_the_same_pictures(tmp_path):
+    case = "random, v-prediction, guidance 2.9"
+    steps = {"euler": (8, 32), "heun": (4, 16), "multistep": (8, 32)}
+    result = solvers.measure_solvers([case], images=1, steps=steps, reference=("heun", 60))
+    distance = {(r["method"], r["steps"]): r["distance"] for r in result[case]}
+    for method, (few, many) in steps.items():
+        assert distance[method, many] < distance[method, few]
+    assert distance["multistep", 32] < distance["euler", 32]
+    assert len(solver_lines(result)) == 7
+    solvers.plot_solvers(tmp_path / "figure.png", result)
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    json.dumps(result)
+
+
+@pytest.mark.parametrize("kind", ["sample", "train"])
+def test_parts_of_a_profile_add_up(kind):
+    result = profile_step(kind, "nano/8", 16, 2, rounds=1, compile=False)
+    assert set(result["parts"]) >= {"forcing", "embedder", "attention", "feed-forward", "norms and modulation", "other"}
+    assert ("AdamW and two EMAs" in result["parts"]) == (kind == "train")
+    assert sum(result["parts"].values()) == pytest.approx(result["seconds"])
+
+
+def test_sampling_is_measured_with_the_published_share_of_evaluations():
+    result = measure_sampling("nano/8", 16, 2, 5, mx.float32, 2.9, rounds=1)
+    assert (result["mlx_evaluations"], result["torch_evaluations"]) == (17, 18)
+    assert result["torch_over_mlx"] > 0
+
+
+def test_training_is_measured_with_its_peer(cli):
+    arguments = ("--batch-size", 2, "--steps", 1, "--no-compile", "--json")
+    status, out, _ = cli("bench", "train", *NANO, *arguments)
+    result = json.loads(out)
+    assert status == 0
+    assert result["what"] == "training step, nano/8 at 16, batch 2, float32, eager"
+    assert result["torch_over_mlx"] == result["torch_seconds"] / result["mlx_seconds"]
+
+
+def test_the_forms_of_the_forcing_are_one_operator(cli):
+    x, t = mx.random.normal((3, 3, 32, 32), key=mx.random.key(0)), mx.array([0.0, 0.4, 1.0])
+    for times in (t, t[1:2]):
+        want = np.asarray(SpectralForcing(32)(x, times))
+        for form in (forcing.textbook(32), forcing.even_odd(32)):
+            np.testing.assert_allclose(np.asarray(form(x, times)), want, atol=2e-5)
+    assert forcing.operator_flops(model_config("B/32", img_size=256)) == 4 * 2 * 3 * 256**3
+    arguments = ("bench", "forcing", "--size", "nano/8", "--img-size", 32, "--rounds", 1)
+    status, out, _ = cli(*arguments, "--json")
+    result = json.loads(out)
+    assert status == 0
+    assert result["share_of_forward_shared"] == result["forcing_shared_seconds"] / result["forward_seconds"]
+    assert "share of forward per image" in cli(*arguments)[1]
+
+
+def test_what_quantising_costs(cli):
+    arguments = ("bench", "quantize", "--ckpt", "demo", *NANO)
+    status, out, _ = cli(*arguments, "--json")
+    result = json.loads(out)
+    assert status == 0
+    rows = {row["layers"]: row for row in result["rows"]}
+    assert rows["default"]["velocity_error_8"] < rows["default"]["velocity_error_4"] < rows["all"]["velocity_error_4"]
+    assert result["file_bytes"]["4 bits"] < result["file_bytes"]["8 bits"] < result["file_bytes"]["bfloat16"]
+    assert result["speed"]["8_bits_over_float32"] > 0
+    assert "feed forward" in cli(*arguments, "--no-speed")[1]
+
+
+def test_a_suite_leaves_a_record_and_tells_what_failed(tmp_path):
+    parts = {
+        "forward": ["forward", *NANO, "--no-peer"],
+        "convert": ["convert", "--size", "unheard-of"],
+    }
+    records = dict(suite.run_suite(parts, tmp_path, docs=tmp_path / "docs"))
+    assert suite.failures(records) == ["convert (ended with status 1)"]
+    assert json.loads((tmp_path / "bench.json").read_text()) == records
+    assert records["forward"]["mlx_seconds"] > 0
+    assert "BLAS" in records["forward"]["machine"]["device"] or "GPU" in records["forward"]["machine"]["device"]
+    assert records["forward"]["command"].startswith("mlx-sf bench forward --size nano/8")
+    assert len(suite.table(records)) == 3
+    assert "`mlx-sf bench forward --size nano/8" in (tmp_path / "docs" / "speed.md").read_text()
+
+
+def test_a_suite_has_known_parts(refused):
+    assert set(suite.chosen(None)) < set(suite.chosen("all"))
+    assert list(suite.chosen("train, forward")) == ["train", "forward"]
+    refused("--suite has 'everything', want some of forward, sample", "bench", "--suite", "forward,everything")
+
+
+def test_rows_of_the_table():
+    r = {"what": "w", "mlx_seconds": 2.0, "mlx_spread": "1 to 3 s", "torch_seconds": 3.0, "torch_spread": "3 to 3 s"}
+    r |= {"torch_over_mlx": 1.5, "share_of_product_rate": 0.5, "mlx_peak_bytes": 10**9}
+    fid = {"mlx_sf_images_per_second": 8.0, "mlx_sf_spread": "7 to 9 images/s", "network_peak_bytes": 2 * 10**9}
+    *_, first, second = suite.table({"forward": r, "train": {"error": "no"}, "fid": fid})
+    assert first == "| w | 2.00 s (1 to 3 s) | 3.00 s (3 to 3 s) | 1.50 | 50% | 1.00 GB |"
+    assert second == "| FID features, 256 x 256 pictures | 8.0 images/s (7 to 9 images/s) |  |  |  | 2.00 GB |"
+
+
+def test_runs_take_turns():
+    order = []
+    taken = rates.alternate({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2)
+    assert "".join(order) == "ababab"
+    assert [len(seconds) for seconds in taken.values()] == [2, 2]
+    assert rates.timing("mlx", [3.0, 1.0, 2.0]) == {"mlx_seconds": 2.0, "mlx_spread": "1 to 3 s"}
