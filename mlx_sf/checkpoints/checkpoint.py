@@ -1,8 +1,8 @@
-"""Checkpoints: one file, weights and their configuration inside. The only owner of their names and contents.
+"""Checkpoints: weights and their configuration, in a file or in shards. The only owner of their names and contents.
 
 A file with one set of weights names its tensors as the network does, "blocks.0.attn.qkv.weight"; one with several
 puts the set in front, "ema1/blocks.0...". Tensors with another prefix ("optimizer/...") are a training run's own.
-The containers are `tensor_file`'s.
+The containers are those of `formats`.
 """
 
 import dataclasses
@@ -15,20 +15,23 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import MlxSfError
-from ..formats.tensor_file import Entry, TensorFile, write_tensor_file
+from ..formats.shards import SHARD_BYTES, open_tensors, write_tensors
+from ..formats.tensor_file import Entry
 from ..models import Architecture, architecture, parameter_shapes
-from ..models.quantize import (
-    FLOATS,
-    stored,
-)
+from ..models.quantize import FLOATS, stored
 from .config import Config
 
 WEIGHT_SETS = ("model", "ema1", "ema2")
 
 
-def write_checkpoint(path: str | os.PathLike[str], entries: Sequence[Entry], config: Config) -> None:
-    """Write a checkpoint from entries that are read one at a time, atomically. The suffix chooses the container."""
-    write_tensor_file(path, entries, config.to_json())
+def write_checkpoint(
+    path: str | os.PathLike[str], entries: Sequence[Entry], config: Config, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write a checkpoint from entries that are read one at a time, atomically.
+
+    The suffix chooses the container; a name without one becomes a folder of shards of at most `shard_bytes`.
+    """
+    write_tensors(path, entries, config.to_json(), shard_bytes)
 
 
 def save_checkpoint(
@@ -50,6 +53,12 @@ def save_checkpoint(
     write_checkpoint(path, entries, config)
 
 
+def size_on_disk(path: str | os.PathLike[str]) -> int:
+    """Bytes of a checkpoint: of its file, or of all shards in its folder."""
+    p = Path(path)
+    return sum(f.stat().st_size for f in p.iterdir()) if p.is_dir() else p.stat().st_size
+
+
 def stored_name(config: Config, weights: str, name: str) -> str:
     """Name in the file of tensor `name` of a weight set."""
     return name if len(config.weights) == 1 else f"{weights}/{name}"
@@ -59,7 +68,7 @@ class Checkpoint:
     """An opened checkpoint: its `config` at once, `weights(...)` and `extra()` when asked for."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.file = TensorFile(path)
+        self.file = open_tensors(path)
         self.path = self.file.path
         self.config = Config.from_json(self.file.text, str(self.path))
         self._check_sizes()

@@ -11,6 +11,7 @@ import numpy as np
 from .. import __version__
 from ..device.defaults import DTYPES
 from ..errors import MlxSfError
+from ..formats.shards import check_target
 from ..formats.tensor_file import Entry, bits_of
 from ..models import cast_products, parameter_shapes
 from ..models.quantize import FLOATS, QuantizationConfig, is_quantized, quantized_entries
@@ -35,6 +36,7 @@ def quantize_checkpoint(
     checkpoint = Checkpoint(resolve(source))
     checkpoint.require_floats()
     checkpoint.file.verify()
+    check_target(target)
     if Path(target).exists() and Path(target).samefile(checkpoint.path):
         raise MlxSfError(f"{target}: is the file to convert: choose another name for the result")
     chosen = [checkpoint.pick(w) for w in weights] if weights else [checkpoint.pick()]

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ..errors import MlxSfError
+from ..formats.shards import INDEX
 from ..formats.tensor_file import SUFFIXES
 
 
@@ -16,7 +17,7 @@ def fetch(name: str) -> Path:
     try:
         if file:
             return Path(hf_hub_download(repo, file))
-        return Path(snapshot_download(repo, allow_patterns=["*" + s for s in SUFFIXES]))
+        return Path(snapshot_download(repo, allow_patterns=["*" + s for s in (*SUFFIXES, INDEX)]))
     except Exception as e:
         line = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise MlxSfError(f"{name}: not a file here, and not to be had from the Hugging Face hub ({line})") from None

@@ -4,7 +4,6 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from mlx.utils import tree_flatten
 
 from ..errors import MlxSfError, option
 from ..flow import velocity
+from ..formats.shards import index_of
 from ..formats.tensor_file import SUFFIXES
 from ..models import build, cast_products, parameter_count, parameter_shapes
 from ..models.quantize import dequantized, quantize_layers
@@ -23,11 +23,11 @@ from .config import Config
 
 
 def resolve(path: str | os.PathLike[str]) -> Path:
-    """The checkpoint file that `path` means: a file, a run folder's newest, or a file of a Hugging Face repo."""
+    """The checkpoint file that `path` means: a file, a run folder's newest, shards' index, or a Hugging Face repo's."""
     p, text = Path(path), str(path)
     if p.is_dir():
         steps = step_files(p)
-        return steps[-1][1] if steps else _only_checkpoint(p.iterdir(), f"folder {p}")
+        return steps[-1][1] if steps else _in_folder(p, f"folder {p}")
     if p.exists():
         return p
     # "org/name" or "org/name/file.npz"; "runs/x.npz" is a path that is missing
@@ -35,11 +35,14 @@ def resolve(path: str | os.PathLike[str]) -> Path:
     if looks_local or not re.fullmatch(r"\w[\w.-]*/[\w.-]+(/[\w./-]+)?", text):
         raise MlxSfError(f"{p}: no such file or folder (a Hugging Face repo is named org/name)")
     found = hub.fetch(text)
-    return found if found.is_file() else _only_checkpoint(found.rglob("*"), f"repo {text}")
+    return found if found.is_file() else _in_folder(found, f"repo {text}")
 
 
-def _only_checkpoint(paths: Iterable[Path], where: str) -> Path:
-    found = sorted(p for p in paths if p.suffix in SUFFIXES)
+def _in_folder(folder: Path, where: str) -> Path:
+    """The only checkpoint in a folder, or the index of its shards."""
+    if (index := index_of(folder)) is not None:
+        return index
+    found = sorted(p for p in folder.rglob("*") if p.suffix in SUFFIXES)
     if len(found) != 1:
         names = ", ".join(p.name for p in found[:5]) or "none"
         raise MlxSfError(f"{where}: want exactly one .npz or .safetensors checkpoint, found {names}: name the file")
@@ -89,7 +92,7 @@ def load_model(
 def verify_checkpoint(path: str | os.PathLike[str]) -> dict[str, str]:
     """Run every weight set of a checkpoint once; returns a line for each. Raises `MlxSfError` where one fails."""
     results = {}
-    for name in Checkpoint(path).config.weights:
+    for name in Checkpoint(resolve(path)).config.weights:
         model, config = load_model(path, name)
         leaves: Any = tree_flatten(model.parameters())
         # of quantised weights every tensor was there, too: `load_model` is strict

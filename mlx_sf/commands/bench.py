@@ -72,9 +72,7 @@ def measurement(function: Callable[..., Measured]) -> Callable[..., None]:
     @functools.wraps(function)
     def run(as_json: bool, write_docs: str | None, **arguments: Any) -> None:
         context = click.get_current_context()
-        if write_docs is None and context.parent is not None:
-            write_docs = context.parent.params["write_docs"]  # given before the subcommand
-        docs = None if write_docs is None else writable_folder(write_docs)
+        docs = _pages_folder(context, write_docs)
         result, lines = function(**arguments)
         if docs is not None:
             from ..bench.pages import MEASUREMENTS, publish
@@ -91,6 +89,13 @@ def measurement(function: Callable[..., Measured]) -> Callable[..., None]:
             click.echo(line)
 
     return run
+
+
+def _pages_folder(context: click.Context, write_docs: str | None) -> Path | None:
+    """Where to publish: --write-docs of the subcommand, or the one given before it."""
+    if write_docs is None and context.parent is not None:
+        write_docs = context.parent.params["write_docs"]
+    return None if write_docs is None else writable_folder(write_docs)
 
 
 def _command_line(context: click.Context) -> str:
@@ -334,16 +339,17 @@ def fid(batch_size: int, rounds: int, img_size: int, num_images: int, peer: bool
 @command.command()
 @click.argument("record", type=click.Path(exists=True, dir_okay=False))
 @_docs
-def parity(record: str, write_docs: str | None) -> None:
+@click.pass_context
+def parity(context: click.Context, record: str, write_docs: str | None) -> None:
     """The parity table of RECORD, which a run of the tests wrote (MLX_SF_PARITY_RECORD=RECORD python -m pytest)."""
     from ..bench.pages import MEASUREMENTS, publish
     from ..bench.records import read
 
-    found = read(Path(record))
+    docs, found = _pages_folder(context, write_docs), read(Path(record))
     if found.measurement != "parity":
         raise MlxSfError(f"{record}: is a record of {found.measurement}, want one of the parity")
     for table in MEASUREMENTS[found.measurement].tables(found.result):
         for line in table.markdown():
             click.echo(line)
-    if write_docs is not None:
-        publish(writable_folder(write_docs), found)
+    if docs is not None:
+        publish(docs, found)

@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 import click
 
+from ..checkpoints.checkpoint import size_on_disk
 from ..checkpoints.convert import convert
 from ..checkpoints.convert.jit import FLAG_TYPES, PUBLISHED_SCHEDULES, Report
 from ..checkpoints.load import verify_checkpoint
@@ -97,6 +98,8 @@ def command(
 ) -> None:
     """Turn SOURCE, a PyTorch JiT checkpoint (.pth), into TARGET, an .npz or .safetensors file with its configuration.
 
+    A TARGET without suffix becomes a folder of .safetensors shards with an index.
+
     Reads full training checkpoints and bare state dicts, the zip layout of torch.save and the older one, without
     PyTorch and without running anything in the file. Memory stays near that of one tensor.
 
@@ -132,7 +135,7 @@ def command(
         _print(source, report)
     if report.config.quantization is not None:
         click.echo(f"  {describe(report.config.quantization)}; all else as it was")
-    click.echo(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
+    click.echo(f"{target}: {size_on_disk(target) / 1e6:.1f} MB")
     if verify:
         for name, result in verify_checkpoint(target).items():
             click.echo(f"  verified {name}: {result}")

@@ -26,12 +26,12 @@ def _composed(dtype: mx.Dtype) -> bool:
 
 def exp(x: mx.array) -> mx.array:
     """e^x. Inputs below -87 give the smallest normal number instead of a denormal or zero; above 88, about e^88."""
-    return _exp(x) if _composed(x.dtype) else mx.exp(x)  # type: ignore[return-value]
+    return composed_exp(x) if _composed(x.dtype) else mx.exp(x)  # type: ignore[return-value]
 
 
 def silu(x: mx.array) -> mx.array:
     """x * sigmoid(x)."""
-    return _silu(x) if _composed(x.dtype) else nn.silu(x)  # type: ignore[return-value]
+    return composed_silu(x) if _composed(x.dtype) else nn.silu(x)  # type: ignore[return-value]
 
 
 def _exp_polynomial(x: mx.array) -> mx.array:
@@ -53,21 +53,21 @@ _silu_loop = mx.compile(lambda x: x / (1 + _exp_polynomial(-x)))
 
 
 @mx.custom_function
-def _exp(x: mx.array) -> mx.array:
+def composed_exp(x: mx.array) -> mx.array:
     return _exp_loop(x)
 
 
-@_exp.vjp
+@composed_exp.vjp
 def _exp_vjp(_: Any, cotangent: mx.array, output: mx.array) -> mx.array:
     return cotangent * output
 
 
 @mx.custom_function
-def _silu(x: mx.array) -> mx.array:
+def composed_silu(x: mx.array) -> mx.array:
     return _silu_loop(mx.contiguous(x))  # a loop over rows that lie apart takes half as long again
 
 
-@_silu.vjp
+@composed_silu.vjp
 def _silu_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
     s = 1 / (1 + _exp_polynomial(-x))
     return cotangent * (s + output * (1 - s))

@@ -73,7 +73,7 @@ def validation(plan: Plan, regime: Regime, config: Config, model: JiT) -> dict[s
     """
     images, labels = regime.held_out
     size, flow = plan.img_size, config.flow
-    powers = _BandErrors(size)
+    powers = BandErrors(size)
     network = mx.compile(lambda z, t, condition: model(z, t, condition))
     v_loss, bands = np.zeros(plan.bins), np.zeros((plan.bins, BANDS))
     for part in _batches(len(images)):
@@ -93,7 +93,7 @@ def validation(plan: Plan, regime: Regime, config: Config, model: JiT) -> dict[s
     }
 
 
-class _BandErrors:
+class BandErrors:
     """Squared errors of images (B, 3, n, n), summed over the batch, by quarter of the radial frequency (4,).
 
     The transform keeps energy, so the four add up to the images' mean squared error.

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_sf.bench import forcing, rates, solvers, suite
+from mlx_sf.bench import forcing, rates, solvers, suite, tables
 from mlx_sf.bench.profile import profile_step
 from mlx_sf.bench.report import solver_lines
 from mlx_sf.bench.sampling import measure_sampling
@@ -48,6 +48,8 @@ def test_parts_of_a_profile_add_up(kind):
     assert set(result["parts"]) >= {"forcing", "embedder", "attention", "feed-forward", "norms and modulation", "other"}
     assert ("AdamW and two EMAs" in result["parts"]) == (kind == "train")
     assert sum(result["parts"].values()) == pytest.approx(result["seconds"])
+    (table,) = tables.profile(result)
+    assert [row[0] for row in table.rows] == ["whole step", *result["parts"]]
 
 
 def test_sampling_is_measured_with_the_published_share_of_evaluations():
@@ -65,7 +67,7 @@ def test_training_is_measured_with_its_peer(cli):
     assert result["torch_over_mlx"] == result["torch_seconds"] / result["mlx_seconds"]
 
 
-def test_the_forms_of_the_forcing_are_one_operator(cli):
+def test_the_forms_of_the_forcing_are_one_operator(cli, tmp_path):
     x, t = mx.random.normal((3, 3, 32, 32), key=mx.random.key(0)), mx.array([0.0, 0.4, 1.0])
     for times in (t, t[1:2]):
         want = np.asarray(SpectralForcing(32)(x, times))
@@ -73,23 +75,49 @@ def test_the_forms_of_the_forcing_are_one_operator(cli):
             np.testing.assert_allclose(np.asarray(form(x, times)), want, atol=2e-5)
     assert forcing.operator_flops(model_config("B/32", img_size=256)) == 4 * 2 * 3 * 256**3
     arguments = ("bench", "forcing", "--size", "nano/8", "--img-size", 32, "--rounds", 1)
-    status, out, _ = cli(*arguments, "--json")
+    status, out, _ = cli(*arguments, "--json", "--write-docs", tmp_path)
     result = json.loads(out)
     assert status == 0
+    assert all(f"| {title} |" in (tmp_path / "forcing.md").read_text() for title in tables.FORMS.values())
     assert result["share_of_forward_shared"] == result["forcing_shared_seconds"] / result["forward_seconds"]
     assert "share of forward per image" in cli(*arguments)[1]
 
 
-def test_what_quantising_costs(cli):
+def test_what_quantising_costs(cli, tmp_path):
     arguments = ("bench", "quantize", "--ckpt", "demo", *NANO)
-    status, out, _ = cli(*arguments, "--json")
+    status, out, _ = cli(*arguments, "--rounds", 2, "--json", "--write-docs", tmp_path)
     result = json.loads(out)
     assert status == 0
+    page = (tmp_path / "quantisation.md").read_text()
+    assert "runs: 1 of the errors; 2 of the times, the fastest." in page
+    assert "| feed forward |" in page
     rows = {row["layers"]: row for row in result["rows"]}
     assert rows["default"]["velocity_error_8"] < rows["default"]["velocity_error_4"] < rows["all"]["velocity_error_4"]
     assert result["file_bytes"]["4 bits"] < result["file_bytes"]["8 bits"] < result["file_bytes"]["bfloat16"]
     assert result["speed"]["8_bits_over_float32"] > 0
     assert "feed forward" in cli(*arguments, "--no-speed")[1]
+
+
+def test_what_converting_takes(cli, tmp_path):
+    status, out, _ = cli("bench", "convert", "--size", "nano/8", "--scratch", tmp_path, "--json")
+    result = json.loads(out)
+    assert status == 0
+    # three weight sets and two moments lie in the file, one set is written; fixed positions have no moments
+    assert 4.7 < result["input_bytes"] / result["output_bytes"] < 5
+    assert result["peak_over_interpreter"] == result["peak_bytes"] - result["interpreter_bytes"]
+    assert list(tmp_path.iterdir()) == []
+    (table,) = tables.convert(result)
+    assert len(table.rows[0]) == len(table.columns)
+
+
+def test_features_without_a_peer_leave_its_cells_empty():
+    r = {"img_size": 256, "batch_size": 2, "mlx_sf_images_per_second": 8.0, "mlx_sf_spread": "7 to 9 images/s"}
+    r |= {"network_peak_bytes": 2 * 10**9, "distance_seconds": 1.5, "statistics_of_images": 50_000}
+    r |= {"statistics_bytes": 148e6, "statistics_and_distance_bytes": 257e6, "statistics_seconds": 20.0}
+    features, distance, memory = tables.fid(r)
+    assert features.rows == (("8.0 images/s (7 to 9 images/s)", "", "", "", "", "2.00 GB"),)
+    assert distance.rows == (("1.50 s", "", "", ""),)
+    assert memory.rows == (("148 MB", "257 MB", "20.0 s"),)
 
 
 def test_a_suite_leaves_a_record_and_tells_what_failed(tmp_path):

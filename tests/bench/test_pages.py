@@ -96,7 +96,10 @@ def test_a_run_of_the_tests_leaves_the_parity_page(tmp_path, cli):
     status, out, _ = cli("bench", "parity", path, "--write-docs", tmp_path / "docs")
     assert status == 0
     assert "operator: transforms, masks, filters" in out
-    assert out in (tmp_path / "docs" / "parity.md").read_text()
+    page = (tmp_path / "docs" / "parity.md").read_text()
+    assert out in page
+    assert cli("bench", "--write-docs", tmp_path / "other", "parity", path)[0] == 0  # the flag works on either side
+    assert (tmp_path / "other" / "parity.md").read_text() == page
 
 
 def test_what_is_no_record_is_refused(tmp_path, refused):

@@ -18,6 +18,7 @@ from mlx_sf.checkpoints.config import Config
 from mlx_sf.checkpoints.load import load_model, resolve
 from mlx_sf.common import files
 from mlx_sf.errors import MlxSfError
+from mlx_sf.formats.shards import INDEX
 from mlx_sf.formats.tensor_file import Entry, TensorFile, write_tensor_file
 from mlx_sf.models.jit import JiT, JiTConfig
 
@@ -285,7 +286,7 @@ def test_paths_run_folders_and_repos(tmp_path, weights, monkeypatch):
     import huggingface_hub
 
     def snapshot(repo, allow_patterns):
-        assert (repo, allow_patterns) == ("someone/jit-b", ["*.npz", "*.safetensors"])
+        assert (repo, allow_patterns) == ("someone/jit-b", ["*.npz", "*.safetensors", f"*{INDEX}"])
         return str(only)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)

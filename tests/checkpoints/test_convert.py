@@ -209,15 +209,15 @@ def test_published_checkpoints_are_accepted(golden, name, forced):
 
     vanilla = golden.manifest["presets"][name]["vanilla_shapes"]
     tensors = {k: Shape(s if forced else vanilla.get(k, s)) for k, s, _ in golden.manifest["keys"][name]}
-    stripped, ignored = module._strip(tensors, "x")
+    stripped, ignored = module.strip_wrappers(tensors, "x")
     args = Record("argparse.Namespace", {"model": name, "img_size": 256, "class_num": 1000, "noise_scale": 1.0})
     for given in (args, None):  # with the trainer's args (of before there were dct entries), and bare
-        config, _ = module._configure(stripped, given, {"noise_scale": 1.0}, "x")
+        config, _ = module.configure(stripped, given, {"noise_scale": 1.0}, "x")
         preset = model_config(name, **({} if forced else {"forcing": None}))
         assert config.model == preset
         assert config.name == name
         assert not ignored
-        assert len(module._entries(stripped, config.model, "float32", "x")) == len(parameter_shapes(preset))
+        assert len(module.network_entries(stripped, config.model, "float32", "x")) == len(parameter_shapes(preset))
 
 
 def save(tmp_path, root, name="c.pth"):

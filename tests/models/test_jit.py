@@ -12,6 +12,7 @@ from mlx_sf.flow import hybrid_weight, velocity
 from mlx_sf.models import cast_products, parameter_shapes
 from mlx_sf.models.jit import ARCHITECTURE, JiT, JiTConfig, sincos_position_table
 from mlx_sf.models.jit_sizes import SIZES, model_config
+from mlx_sf.spectral import SpectralForcing
 from tests.helpers import classes
 
 FORWARD = [
@@ -68,7 +69,8 @@ def test_published_size_equals_golden(golden):
     assert len(weights) == len(parameter_shapes(model.config)) - 1  # all but the position table
     x = mx.array(np.random.RandomState(full["x_seed"]).standard_normal((2, 3, 256, 256)).astype(np.float32))
     t, y = mx.array(arrays["t"]), mx.array(arrays["y"])
-    golden.close("fullsize", "filtered_every8", model._forcing(x, t)[:, :, ::8, ::8])
+    forcing = SpectralForcing.of(model.config.forcing, model.config.size)
+    golden.close("fullsize", "filtered_every8", forcing(x, t)[:, :, ::8, ::8])
     out = model(x, t, classes(model, y))
     golden.close("fullsize", "out_every8", out[:, :, ::8, ::8])
     golden.close("fullsize", "out_corner", out[:, :, 200:232, 96:128])

@@ -17,7 +17,7 @@ from scripts.regimes.data import Regime, scenes, signal
 from scripts.regimes.experiment import experiment, report
 from scripts.regimes.features import DIMENSIONS, RandomFeatures
 from scripts.regimes.plan import ARMS, PRESETS, QUICK, Plan, Run, mean_time
-from scripts.regimes.runs import BANDS, _BandErrors, execute, initial_state, inputs
+from scripts.regimes.runs import BANDS, BandErrors, execute, initial_state, inputs
 from tests.helpers import ROOT
 
 TINY = dataclasses.replace(QUICK, patches=(8,), regimes=("smooth",), arms=("vanilla", "linear"), steps=3, samples=8)
@@ -245,7 +245,7 @@ def test_time_weights_are_the_share_of_training_and_their_mean_is_the_fixed_scal
 
 def test_error_bands_add_up_to_the_mean_squared_error():
     x = mx.random.normal((5, 3, 16, 16), key=mx.random.key(0))
-    bands = _BandErrors(16)(x)
+    bands = BandErrors(16)(x)
     assert bands.shape == (BANDS,)
     assert bands.sum() == pytest.approx(float(mx.square(x).mean(axis=(1, 2, 3)).sum()), rel=1e-5)
 

@@ -19,7 +19,8 @@ import numpy as np
 from ... import __version__
 from ...errors import MlxSfError, option
 from ...flow import FlowConfig
-from ...formats.tensor_file import Entry, bits_of, check_suffix
+from ...formats.shards import check_target
+from ...formats.tensor_file import Entry, bits_of
 from ...formats.torch_file.reader import Record, TensorRef, open_torch_file
 from ...models import parameter_shapes
 from ...models.jit import ARCHITECTURE, JiTConfig
@@ -27,7 +28,7 @@ from ...models.jit_sizes import SIZES, find_size, preset_name
 from ...models.quantize import QuantizationConfig, is_quantized, quantized_entries
 from ...sampling.solvers import SampleConfig
 from ...spectral import ForcingConfig
-from ..checkpoint import WEIGHT_SETS, counted, stored_name, write_checkpoint
+from ..checkpoint import WEIGHT_SETS, counted, size_on_disk, stored_name, write_checkpoint
 from ..config import Config
 from .origins import Origins
 
@@ -128,15 +129,15 @@ def convert(
     Raises `MlxSfError` for unreadable files, missing, extra, misshapen or non-finite tensors, and settings that
     contradict each other or are said nowhere.
     """
-    check_suffix(target)
+    check_target(target)
     if Path(target).exists() and Path(target).samefile(source):
         raise MlxSfError(f"{target}: is the file to convert: choose another name for the result")
     with open_torch_file(source) as file:
         sets, args = _find_sets(file.root, str(source))
         chosen = _choose(sets, weights, str(source))
-        stripped = {name: _strip(sets[name], str(source)) for name in chosen}
+        stripped = {name: strip_wrappers(sets[name], str(source)) for name in chosen}
         first = stripped[chosen[0]]
-        config, report = _configure(first[0], args, dict(flags or {}), str(source))
+        config, report = configure(first[0], args, dict(flags or {}), str(source))
         epoch = file.root.get("epoch") if isinstance(file.root.get("epoch"), int) else None
         provenance = {"converted_from": Path(source).name, "converted_by": f"mlx-sf {__version__}", "dtype": dtype}
         if epoch is not None:
@@ -148,12 +149,12 @@ def convert(
             where = f"{source}: {name}"
             entries += [
                 dataclasses.replace(e, name=stored_name(config, name, e.name))
-                for e in _entries(tensors, config.model, dtype, where, quantization)
+                for e in network_entries(tensors, config.model, dtype, where, quantization)
             ]
             report.ignored += ignored
         report.parameters = sum(math.prod(s) for s in parameter_shapes(config.model).values())
         write_checkpoint(target, counted(entries, on_tensor), config)
-        report.bytes = Path(target).stat().st_size
+        report.bytes = size_on_disk(target)
     return report
 
 
@@ -194,7 +195,7 @@ def _choose(sets: Mapping[str, Tensors], weights: str | Iterable[str] | None, wh
     return chosen
 
 
-def _strip(tensors: Tensors, where: str) -> tuple[dict[str, TensorRef], list[str]]:
+def strip_wrappers(tensors: Tensors, where: str) -> tuple[dict[str, TensorRef], list[str]]:
     """Tensors by the network's own names, without wrappers' prefixes; and the keys ignored on purpose."""
     named = dict(tensors)
     while prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in named)), None):
@@ -208,7 +209,7 @@ def _strip(tensors: Tensors, where: str) -> tuple[dict[str, TensorRef], list[str
 # ------------------------------------------------------------------------------------------------ tensors
 
 
-def _entries(
+def network_entries(
     tensors: Mapping[str, TensorRef], config: JiTConfig, dtype: str, where: str, q: QuantizationConfig | None = None
 ) -> list[Entry]:
     """The network's tensors as lazy entries in its own layout; every key is accounted for."""
@@ -263,7 +264,7 @@ def _more(names: list[str]) -> str:
 # ------------------------------------------------------------------------------------------------ settings
 
 
-def _configure(
+def configure(
     tensors: Mapping[str, TensorRef], args: Record | None, flags: dict[str, Any], where: str
 ) -> tuple[Config, Report]:
     s = Origins(where)
