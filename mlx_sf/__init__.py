@@ -17,7 +17,7 @@ _PUBLIC = {
     "MlxSfError": "errors",
     "load": "checkpoints.pipeline",
     "Pipeline": "checkpoints.pipeline",
-    "convert": "checkpoints.convert",
+    "convert": "checkpoints.conversion",
     "train": "training.train",
     "evaluate": "metrics.evaluate",
     "SpectralForcing": "spectral",
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .checkpoints.convert import convert
+    from .checkpoints.conversion import convert
     from .checkpoints.pipeline import Pipeline, load
     from .common.pixels import to_uint8
     from .errors import MlxSfError

@@ -16,9 +16,12 @@ from .errors import MlxSfError
 # name -> one-line help, shown without importing the command (imports of MLX take a while)
 COMMANDS = {
     "sample": "Draw pictures from a checkpoint.",
+    "classes": "List the classes of a checkpoint, or find some by a word.",
+    "models": "List the public weights that --ckpt takes by a short name.",
     "train": "Train a network on pictures, or on the built-in scenes.",
-    "convert": "Turn a PyTorch checkpoint (.pth) into one self-describing .npz or .safetensors file.",
+    "convert": "Turn a PyTorch or diffusers checkpoint into one self-describing .npz or .safetensors file.",
     "export": "Write one weight set of a training run as a small file to share.",
+    "upload": "Publish a checkpoint on the Hugging Face Hub.",
     "info": "Say what a checkpoint, a PNG or this installation is.",
     "eval": "Measure FID, Inception Score, KID, precision and recall of a checkpoint or a folder of pictures.",
     "stats": "Make the reference statistics of a data set that `eval` compares with.",

@@ -93,8 +93,10 @@ def sample_states(network: Any, config: Config, noise: Any, labels: Any, compile
     return Sampler(network, config.flow, config.sample, compile).states(noise, asked)
 
 
-def run_cli(*arguments: Any, cwd: Path | None = None, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    """`mlx-sf ARGUMENTS` in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+def run_cli(
+    *arguments: Any, cwd: Path | None = None, timeout: float = 120, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`mlx-sf ARGUMENTS` in a process of its own, with `env` over this one's environment."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
     command = [sys.executable, "-m", "mlx_sf.cli", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=timeout)

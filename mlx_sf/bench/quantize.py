@@ -10,7 +10,8 @@ from mlx.utils import tree_flatten
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.config import Config
-from ..checkpoints.load import demo_checkpoint, load_model, resolve
+from ..checkpoints.load import demo_checkpoint, load_model
+from ..checkpoints.resolve import resolve
 from ..common.pixels import from_uint8
 from ..data.scenes import scene
 from ..flow import add_noise, velocity

@@ -17,7 +17,7 @@ from ..models import cast_products, parameter_shapes
 from ..models.quantize import FLOATS, QuantizationConfig, is_quantized, quantized_entries
 from .checkpoint import Checkpoint, counted, save_checkpoint, stored_name, write_checkpoint
 from .config import Config
-from .load import resolve
+from .resolve import resolve
 
 
 def quantize_checkpoint(

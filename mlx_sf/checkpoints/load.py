@@ -1,9 +1,8 @@
-"""From what a user names to a network: which file is meant, its weights loaded, whether it runs."""
+"""From a checkpoint to a network: its weights loaded, and whether it runs."""
 
 import dataclasses
 import math
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,41 +11,12 @@ from mlx.utils import tree_flatten
 
 from ..errors import MlxSfError, option
 from ..flow import velocity
-from ..formats.shards import index_of
-from ..formats.tensor_file import SUFFIXES
 from ..models import build, cast_products, parameter_count, parameter_shapes
 from ..models.quantize import dequantized, quantize_layers
 from ..sampling.noise import seeded_noise
-from . import hub
-from .checkpoint import Checkpoint, step_files
+from .checkpoint import Checkpoint
 from .config import Config
-
-
-def resolve(path: str | os.PathLike[str]) -> Path:
-    """The checkpoint file that `path` means: a file, a run folder's newest, shards' index, or a Hugging Face repo's."""
-    p, text = Path(path), str(path)
-    if p.is_dir():
-        steps = step_files(p)
-        return steps[-1][1] if steps else _in_folder(p, f"folder {p}")
-    if p.exists():
-        return p
-    # "org/name" or "org/name/file.npz"; "runs/x.npz" is a path that is missing
-    looks_local = p.suffix in (*SUFFIXES, ".pth", ".pt") and text.count("/") < 2
-    if looks_local or not re.fullmatch(r"\w[\w.-]*/[\w.-]+(/[\w./-]+)?", text):
-        raise MlxSfError(f"{p}: no such file or folder (a Hugging Face repo is named org/name)")
-    found = hub.fetch(text)
-    return found if found.is_file() else _in_folder(found, f"repo {text}")
-
-
-def _in_folder(folder: Path, where: str) -> Path:
-    """The only checkpoint in a folder, or the index of its shards."""
-    if (index := index_of(folder)) is not None:
-        return index
-    found = sorted(p for p in folder.rglob("*") if p.suffix in SUFFIXES)
-    if len(found) != 1:
-        names = ", ".join(p.name for p in found[:5]) or "none"
-        raise MlxSfError(f"{where}: want exactly one .npz or .safetensors checkpoint, found {names}: name the file")
-    return found[0]
+from .resolve import resolve
 
 
 def demo_checkpoint() -> Path:

@@ -16,14 +16,17 @@ from ..errors import MlxSfError
 from ..formats.png import Picture
 from ..models import Asked
 from ..models.quantize import describe
+from ..sampling.class_names import ClassNames
 from ..sampling.generate import generate
+from ..sampling.noise import MLX, Rng, as_rng
 from ..sampling.output import finite_images
-from ..sampling.request import Request, find_classes, make_request, with_solver
+from ..sampling.request import Request, make_request, with_solver
 from ..sampling.sampler import Sampler
 from ..sampling.solvers import State
 from .checkpoint import Checkpoint
 from .config import Config
-from .load import demo_checkpoint, load_model, resolve
+from .load import demo_checkpoint, load_model
+from .resolve import resolve
 
 
 def load(
@@ -36,8 +39,9 @@ def load(
     """Load a checkpoint to draw from.
 
     Args:
-        path: a file, a run's folder (its newest checkpoint), or a Hugging Face repo id "org/name"; None is the demo
-            model that comes with the program.
+        path: a file, a run's folder (its newest checkpoint), a short name of `mlx-sf models` ("jit-b/16"), or a place
+            on the Hugging Face Hub ("org/name", "org/name@revision/folder"); None is the demo model that comes with the
+            program. Foreign weights are converted once, into the cache.
         weights: the weight set, "model", "ema1" or "ema2"; None is ema1 where there is one.
         dtype: of the matrix products, "float32", "bfloat16" or "float16"; None is the device's default.
         dequantize: expand quantised weights to floats; None does so on a CPU, where their products are slow.
@@ -75,6 +79,10 @@ class Pipeline:
         num_images: int | None = None,
         seed: int = 0,
         noise: np.ndarray | str | None = None,
+        rng: str | Rng = "mlx",
+        rng_batch: int = 1,
+        rng_threads: str | int | None = None,
+        rng_world: int = 1,
         batch_size: int = 8,
         **solver: Any,
     ) -> list[Picture]:
@@ -86,13 +94,16 @@ class Pipeline:
             num_images: number of pictures; `classes` are gone through in turn. None: one for each of `classes`.
             seed: picture i has seed `seed` + i and depends on that alone.
             noise: instead of seeds, initial noise: float32 (N, 3, H, W), standard normal, or the name of an .npy file.
+            rng: whose random numbers a seed stands for: "mlx", "torch-cpu" or "torch-cuda" (`torch.randn`);
+                or an `Rng` with its settings. rng_batch, rng_threads, rng_world: its `batch`, `threads` and `world`.
             batch_size: pictures at a time.
             solver: steps, method ("heun", "euler", "multistep"), cfg (guidance scale, 1 is off), cfg_interval
                 (low, high), sample_t_eps, shift, cfg_norm; what is left out is the checkpoint's own.
 
         Raises `MlxSfError` for a class that the model does not have, and for settings out of range.
         """
-        request = request_for(self.config, classes, num_images, seed, noise)
+        random = as_rng(rng, rng_batch, rng_threads, rng_world)
+        request = request_for(self.config, classes, num_images, seed, noise, random)
         config = self.with_solver(solver).config
         pictures: list[Picture] = []
         for numbers, state in generate(self.network, config.flow, config.sample, request, batch_size):
@@ -108,6 +119,10 @@ class Pipeline:
         num_images: int | None = None,
         seed: int = 0,
         noise: np.ndarray | str | None = None,
+        rng: str | Rng = "mlx",
+        rng_batch: int = 1,
+        rng_threads: str | int | None = None,
+        rng_world: int = 1,
         **solver: Any,
     ) -> Iterator[State]:
         """Watch one batch being drawn: the states after each step, not yet evaluated (`mx.eval(state.z)`).
@@ -115,7 +130,8 @@ class Pipeline:
         Takes what `sample` takes. `state.z` (N, 3, H, W) is the state at time `state.t`, `state.x` the finished picture
         that it implies, both in [-1, 1] for finished pictures; `mlx_sf.to_uint8` makes pixels of either.
         """
-        request = request_for(self.config, classes, num_images, seed, noise)
+        random = as_rng(rng, rng_batch, rng_threads, rng_world)
+        request = request_for(self.config, classes, num_images, seed, noise, random)
         config = self.with_solver(solver).config
         sampler = Sampler(self.network, config.flow, config.sample)
         return sampler.states(request.initial_noise(config.model.size), request.asked)
@@ -143,29 +159,33 @@ def request_for(
     num_images: int | None = None,
     seed: int = 0,
     noise: np.ndarray | str | os.PathLike[str] | None = None,
+    rng: Rng = MLX,
 ) -> Request:
     """A request checked against a checkpoint's configuration, before its weights are read."""
     k, size = config.model.num_classes, config.model.size
     wanted = None if classes is None else [classes] if isinstance(classes, int | str) else list(classes)
     if k:
-        asked = None if wanted is None else find_classes(wanted, k, config.class_names)
-        return make_request(asked, range(k), num_images, seed, size, noise)
+        names = ClassNames.of(k, config.class_names)
+        asked = None if wanted is None else [names.find(w) for w in wanted]
+        return make_request(asked, range(k), num_images, seed, size, noise, rng)
     if not wanted or not all(isinstance(w, str) for w in wanted):
         raise MlxSfError(f"{config.name}: draws from prompts, want at least one text, got {wanted!r}")
-    return make_request(wanted, wanted, num_images, seed, size, noise)
+    return make_request(wanted, wanted, num_images, seed, size, noise, rng)
 
 
 def facts(config: Config, request: Request, i: int, path: Path, dtype: str) -> dict[str, Any]:
     """Everything needed to draw image i again, for its PNG."""
-    s, asked, names = config.sample, request.asked[i], config.class_names
+    s, asked = config.sample, request.asked[i]
+    named = isinstance(asked, int) and ClassNames.of(config.model.num_classes, config.class_names).short(asked)
     return {
         "program": f"mlx-sf {__version__}",
         "model": config.name,
         "checkpoint": path.name,
+        **_source(config),
         "weights": config.weights[0],
         **({"prompt": asked} if isinstance(asked, str) else {"class": "null" if asked is None else asked}),
-        **({"class_name": names[asked]} if isinstance(asked, int) and names else {}),
-        **({"seed": request.seeds[i]} if request.noise is None else {"noise": f"image {i} of a file"}),
+        **({"class_name": named} if named else {}),
+        **request.noise_facts(i),
         "steps": s.steps,
         "method": s.method,
         "cfg": s.cfg,
@@ -177,3 +197,9 @@ def facts(config: Config, request: Request, i: int, path: Path, dtype: str) -> d
         "dtype": dtype,
         **({"quantized": describe(config.quantization)} if config.quantization else {}),
     }
+
+
+def _source(config: Config) -> dict[str, str]:
+    """The place on the Hub, with its commit, that weights were converted from."""
+    repo, commit = (config.provenance.get(k) for k in ("repo", "commit"))
+    return {"source": f"{repo} at commit {commit}"} if repo and commit else {}

@@ -7,7 +7,7 @@ from typing import Any, get_args
 import click
 
 from ..checkpoints.checkpoint import size_on_disk
-from ..checkpoints.convert import convert
+from ..checkpoints.conversion import convert
 from ..checkpoints.convert.jit import FLAG_TYPES, PUBLISHED_SCHEDULES, Report
 from ..checkpoints.load import verify_checkpoint
 from ..common.progress import Progress
@@ -15,6 +15,7 @@ from ..errors import MlxSfError
 from ..formats.tensor_file import SUFFIXES
 from ..metrics.inception_weights import convert_inception_file, is_inception_file
 from ..models.quantize import describe
+from .options import go_offline, offline_option
 
 _HELP = {
     "img_size": "Side of the images in pixels.",
@@ -63,8 +64,16 @@ def _config_flags(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+_LABELS = {
+    "published": "assumed, as in all published models",
+    "table": "not in its files, from the table of known models",
+    "config.json": "from config.json",
+    "scheduler_config.json": "from scheduler_config.json",
+}
+
+
 @click.command(short_help="Turn a PyTorch checkpoint into one self-describing file.")
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source")
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option(
     "--weights",
@@ -85,18 +94,23 @@ def _config_flags(function: Callable[..., Any]) -> Callable[..., Any]:
     help="Weights that share a scale and a bias. [default: 64]",
 )
 @click.option("--verify", is_flag=True, help="Load the result, run it once, check finiteness and the parameter count.")
+@offline_option
 @_config_flags
 def command(
-    source: Path,
+    source: str,
     target: Path,
     weights: str | None,
     dtype: str | None,
     quantize: str | None,
     q_group_size: str | None,
     verify: bool,
+    offline: bool,
     **fields: Any,
 ) -> None:
-    """Turn SOURCE, a PyTorch JiT checkpoint (.pth), into TARGET, an .npz or .safetensors file with its configuration.
+    """Turn SOURCE, a JiT checkpoint, into TARGET, an .npz or .safetensors file with its configuration.
+
+    SOURCE is a PyTorch checkpoint (.pth), a folder in a diffusers layout, a name of `mlx-sf models`, or a place on the
+    Hugging Face Hub, org/name/folder.
 
     A TARGET without suffix becomes a folder of .safetensors shards with an index.
 
@@ -109,16 +123,18 @@ def command(
     With --quantize, SOURCE may also be a checkpoint of mlx-sf (file, run folder, Hugging Face repo id), not yet
     quantised. The result draws pictures and can be evaluated; it cannot be trained or exported.
     """
+    go_offline(offline)
     names = {name.lower(): name for name in FLAG_TYPES}
     settings = {names[k]: v for k, v in fields.items() if v is not None}
     if q_group_size is not None and quantize is None:
         raise click.UsageError("--q-group-size: goes with --quantize 8 or 4")
-    if source.is_file() and source.suffix not in SUFFIXES and is_inception_file(source):
+    path = Path(source)
+    if path.is_file() and path.suffix not in SUFFIXES and is_inception_file(path):
         if quantize is not None:
             raise MlxSfError(f"{source}: holds Inception weights, which are not quantised: leave out --quantize")
         click.echo(convert_inception_file(source, target))
         return
-    with Progress(0, f"converting {source.name}", "tensors") as bar:
+    with Progress(0, f"converting {path.name}", "tensors") as bar:
 
         def tick(done: int, total: int) -> None:
             bar.set_total(total)
@@ -141,7 +157,7 @@ def command(
             click.echo(f"  verified {name}: {result}")
 
 
-def _print(source: Path, report: Report) -> None:
+def _print(source: str, report: Report) -> None:
     c = report.config
     m = c.model
     kind = "vanilla" if m.forcing is None else "forced"
@@ -151,7 +167,9 @@ def _print(source: Path, report: Report) -> None:
         f"{m.num_heads} heads, {m.num_classes} classes, {report.parameters:,} parameters"
     )
     for origin, settings in report.origin.items():
-        label = "assumed, as in all published models" if origin == "published" else f"from the {origin}"
+        label = _LABELS.get(origin, f"from the {origin}")
         click.echo(f"  {label}: {', '.join(settings)}")
+    for note in report.notes:
+        click.echo(f"  {note}")
     if report.ignored:
         click.echo(f"  ignored on purpose (not learned): {', '.join(report.ignored)}")

@@ -9,6 +9,7 @@ from ..errors import MlxSfError, spelt
 from ..metrics.checks import LAYERS, METRICS, Options
 from ..metrics.evaluate import Evaluation, write_table_of
 from ..sampling.solvers import Method
+from .options import go_offline, offline_option
 
 _SAMPLING = ("cfg", "weights", "steps", "method", "cfg_interval", "sample_t_eps", "seed", "dtype", "save_samples")
 
@@ -25,10 +26,17 @@ def _names(_: click.Context, __: click.Parameter, text: str | None) -> tuple[str
 
 
 @click.command(short_help="Measure FID, IS, KID, precision/recall of a checkpoint or a folder.")
-@click.option("--ckpt", help="Checkpoint to draw samples from: file, run folder, or Hugging Face repo id.")
+@click.option(
+    "--ckpt",
+    help="Checkpoint to draw samples from: a file, a run folder, a name of `mlx-sf models`, or org/name on the Hub.",
+)
+@offline_option
 @click.option("--samples", type=click.Path(), help="Folder of finished pictures to judge, instead of --ckpt.")
 @click.option(
-    "--ref", required=True, help="Reference: a statistics .npz (of `mlx-sf stats`, or a published one), or a folder."
+    "--ref",
+    required=True,
+    help="Reference: a statistics .npz (of `mlx-sf stats`, or a published one), its URL, hf://org/name/file.npz, "
+    "or a folder.",
 )
 @click.option(
     "--num-images", "-n", type=int, help="Number of images, the same for each class. [default: 50000; all of --samples]"
@@ -100,6 +108,7 @@ def command(
     cfg_interval: tuple[float, float] | None,
     sample_t_eps: float | None,
     metrics: tuple[str, ...],
+    offline: bool,
     **options: Any,
 ) -> None:
     """Measure samples against a reference, as torch-fidelity would.
@@ -107,6 +116,7 @@ def command(
     Samples are drawn from --ckpt, equally many of each class, or taken from --samples. An interrupted evaluation is
     continued by the same command; one that is finished is not computed again.
     """
+    go_offline(offline)
     if (options["ckpt"] is None) == (options["samples"] is None):
         raise click.UsageError("give either --ckpt or --samples")
     if options["samples"] is not None:

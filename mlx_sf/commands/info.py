@@ -9,10 +9,13 @@ from typing import Any
 import click
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.load import resolve
+from ..checkpoints.hub import cached, listing
+from ..checkpoints.names import HubName
+from ..checkpoints.resolve import hub_name, resolve
 from ..errors import MlxSfError
 from ..models import parameter_count
 from ..models.quantize import describe
+from .options import go_offline, offline_option
 
 _TORCH_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
 
@@ -20,11 +23,15 @@ _TORCH_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
 @click.command(short_help="Say what a checkpoint, a PNG or this installation is.")
 @click.argument("path", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of lines.")
-def command(path: str | None, as_json: bool) -> None:
-    """Say what PATH is: a checkpoint (file, run folder, Hugging Face repo id), a PNG made by mlx-sf, or a .pth file.
+@offline_option
+def command(path: str | None, as_json: bool, offline: bool) -> None:
+    """Say what PATH is: a checkpoint (file, run folder, foreign folder), a PNG made by mlx-sf, or a .pth file.
+
+    Of a place on the Hugging Face Hub, org/name, it lists the models with their sizes; nothing is downloaded.
 
     Without PATH: versions, device, the BLAS in use and memory of this installation.
     """
+    go_offline(offline)
     if path is None:
         from ..device.defaults import describe
 
@@ -35,6 +42,8 @@ def command(path: str | None, as_json: bool) -> None:
         facts = read_metadata(path)
     elif Path(path).suffix.lower() in _TORCH_SUFFIXES and Path(path).exists():
         facts = _torch_facts(path)
+    elif (place := hub_name(path)) is not None:
+        facts = _hub_facts(place)
     else:
         facts = _checkpoint_facts(path)
     if as_json:
@@ -65,6 +74,21 @@ def _checkpoint_facts(path: str) -> dict[str, Any]:
         "sampling": {k: v for k, v in sample.items() if v is not None},
         **({"classes": ", ".join(c.class_names)} if c.class_names else {}),
         **({"provenance": dict(c.provenance)} if c.provenance else {}),
+    }
+
+
+def _hub_facts(name: HubName) -> dict[str, Any]:
+    """What lies at a place on the Hub, without its weights."""
+    found = listing(name)
+    models = found.models()
+    here = {model: cached(name.repo, model) for model in models}
+    return {
+        "repository": f"{name.repo} at commit {found.commit}",
+        **{
+            model or ".": f"{found.size(files) / 1e9:.2f} GB, {len(files)} file(s)" + (", here" if here[model] else "")
+            for model, files in sorted(models.items())
+        },
+        **({} if models else {"models": "none that this program reads"}),
     }
 
 

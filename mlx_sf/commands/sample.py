@@ -6,23 +6,34 @@ import click
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.config import Config
-from ..checkpoints.load import demo_checkpoint, resolve
 from ..checkpoints.pipeline import load, request_for
 from ..common.files import writable_folder
 from ..common.progress import Progress
 from ..common.world import World
 from ..device.defaults import DTYPES, dequantize_by_default, limit_cache, on_gpu, pick_dtype
+from ..sampling.class_names import ClassNames
 from ..sampling.generate import my_batches
 from ..sampling.guidance import GuidanceNorm
+from ..sampling.noise import RngName, as_rng
 from ..sampling.output import Output, Stepwise
 from ..sampling.request import with_solver
 from ..sampling.solvers import Method
+from ..sampling.torch_random import GPU_THREADS
+from .options import foreign_options, named_checkpoint
 
 
 @click.command(short_help="Draw pictures from a checkpoint.")
-@click.option("--ckpt", help="Checkpoint file, run folder, or Hugging Face repo id. [default: the built-in demo model]")
+@click.option(
+    "--ckpt",
+    help="Checkpoint: a file, a run folder, a name of `mlx-sf models`, or org/name/folder on the Hugging Face Hub. "
+    "[default: the built-in demo model]",
+)
+@foreign_options
 @click.option("--weights", help="Weight set of the checkpoint: model, ema1 or ema2. [default: ema1]")
-@click.option("--classes", help="Classes by number or name, one picture each, in this order: 1,7,7; null is no class.")
+@click.option(
+    "--classes",
+    help="Classes by number or name, one picture each: 207,otter,7; null is no class; see `mlx-sf classes`.",
+)
 @click.option("--num-images", "-n", type=int, help="Number of pictures; the classes are gone through in turn.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of picture 0; picture i has seed + i.")
 @click.option("--steps", type=int, help="Steps of the solver. [default: the checkpoint's, usually 50]")
@@ -49,6 +60,34 @@ from ..sampling.solvers import Method
     "--sample-t-eps", type=float, help="Lower bound of 1 - t in the velocity. [default: the training's, 0.05]"
 )
 @click.option("--noise", type=click.Path(), help="Initial noise: an .npy file, float32 (N, 3, H, W), standard normal.")
+@click.option(
+    "--rng",
+    type=click.Choice(get_args(RngName)),
+    default="mlx",
+    show_default=True,
+    help="Whose random numbers a seed stands for; torch-*: those of torch.randn on that device.",
+)
+@click.option(
+    "--rng-batch",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Pictures in one draw of torch.randn. 1: each is drawn alone, from seed + i; "
+    "B: all are rows of draws of B from one seed, as the published script makes them.",
+)
+@click.option(
+    "--rng-threads",
+    metavar="GPU",
+    help=f"GPU that torch-cuda follows, {', '.join(GPU_THREADS)} or a number of threads; "
+    "needed for draws of more than 196608 numbers.",
+)
+@click.option(
+    "--rng-world",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Processes of the published script, with --rng-batch: number r draws from seed + r.",
+)
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Type of the products. [default: bfloat16 on a GPU]")
 @click.option(
     "--dequantize/--no-dequantize",
@@ -67,11 +106,18 @@ from ..sampling.solvers import Method
 @click.option("--stepwise", is_flag=True, help="Also write a strip of intermediate states per picture.")
 def command(
     ckpt: str | None,
+    noise_scale: float | None,
+    in_context_start: int | None,
+    offline: bool,
     weights: str | None,
     classes: str | None,
     num_images: int | None,
     seed: int,
     noise: str | None,
+    rng: str,
+    rng_batch: int,
+    rng_threads: str | None,
+    rng_world: int,
     dtype: str | None,
     dequantize: bool | None,
     batch_size: int,
@@ -87,12 +133,15 @@ def command(
     """
     limit_cache()
     # everything that can be wrong with the request is found before the weights are read
-    checkpoint = Checkpoint(resolve(ckpt) if ckpt is not None else demo_checkpoint())
+    checkpoint = Checkpoint(named_checkpoint(ckpt, noise_scale, in_context_start, offline))
     config = checkpoint.config
     sample = with_solver(config.sample, solver)
     checkpoint.pick(weights)
     pick_dtype(dtype)
-    request = request_for(config, classes.split(",") if classes is not None else None, num_images, seed, noise)
+    names = ClassNames.of(config.model.num_classes or 0, config.class_names)
+    wanted = names.split(classes) if classes is not None else None
+    random = as_rng(rng, rng_batch, rng_threads, rng_world)
+    request = request_for(config, wanted, num_images, seed, noise, random)
     world = World.join()
     out = Output(output, request, config.model.size, grid, world)
     steps = Stepwise(sample.steps) if stepwise else None

@@ -8,7 +8,8 @@ import click
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.config import Config
-from ..checkpoints.load import load_model, resolve
+from ..checkpoints.load import load_model
+from ..checkpoints.resolve import resolve
 from ..common.files import check_writable, writable_folder
 from ..data.sources import Source, open_source
 from ..device import defaults as device

@@ -64,3 +64,10 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file's content, hexadecimal."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: `MLX_SF_CACHE`, else `XDG_CACHE_HOME`/mlx-sf, else ~/.cache/mlx-sf."""
+    if os.environ.get("MLX_SF_CACHE"):
+        return Path(os.environ["MLX_SF_CACHE"]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlx-sf"

@@ -52,13 +52,30 @@ class ShardedFile:
             shard.verify()
 
 
-def _read_index(path: Path) -> tuple[str, dict[str, str]]:
+def open_foreign(path: str | os.PathLike[str]) -> dict[str, Entry]:
+    """The tensors of another program's `.safetensors`, or of the shards that its index names; none of them read yet."""
+    path = Path(path)
+    if not path.name.endswith(".index.json"):
+        return TensorFile(path, foreign=True).entries
+    named = _read_index(path, foreign=True)[1]
+    entries: dict[str, Entry] = {}
+    for file in sorted(set(named.values())):
+        if not (path.parent / file).is_file():
+            raise MlxSfError(f"{path.parent / file}: this shard of {path.name} is missing: copy or download it again")
+        shard = TensorFile(path.parent / file, foreign=True).entries
+        entries |= {name: e for name, e in shard.items() if named.get(name) == file}
+    if lost := sorted(set(named) - set(entries)):
+        raise MlxSfError(f"{path.parent / named[lost[0]]}: lacks tensor {lost[0]!r}, {path.name} says otherwise")
+    return entries
+
+
+def _read_index(path: Path, foreign: bool = False) -> tuple[str, dict[str, str]]:
     """The text of an index, and the shard of each tensor: plain names of files beside it, never a path elsewhere."""
     try:
         if path.stat().st_size > _MAX_INDEX:
             raise MlxSfError(f"{path}: is larger than any index: not an index of shards")
         data = json.loads(path.read_text())
-        text, named = data["metadata"]["config"], data["weight_map"]
+        text, named = "" if foreign else data["metadata"]["config"], data["weight_map"]
     except OSError as e:
         raise MlxSfError(f"{path}: cannot be read ({e.strerror or e})") from None
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -149,10 +149,13 @@ def _write_safetensors(path: Path, entries: Sequence[Entry], text: str) -> None:
 
 
 class TensorFile:
-    """An opened file: `text`, and `entries` by name, none of them read yet."""
+    """An opened file: `text`, and `entries` by name, none of them read yet.
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+    With `foreign` a `.safetensors` of another program is opened, too; its text is "".
+    """
+
+    def __init__(self, path: str | os.PathLike[str], foreign: bool = False) -> None:
+        self.path, self._foreign = Path(path), foreign
         try:
             with open(self.path, "rb") as f:
                 magic = f.read(8)
@@ -211,11 +214,14 @@ class TensorFile:
             f.seek(8)
             header = json.loads(f.read(length))
         meta = header.pop("__metadata__", {}) if isinstance(header, dict) else {}
-        if not isinstance(meta, dict) or not isinstance(meta.get("config"), str):
+        meta = meta if isinstance(meta, dict) else {}
+        text = meta.get("config")
+        if not isinstance(text, str) and not self._foreign:
             raise MlxSfError(f"{self.path}: not an mlx-sf checkpoint (no configuration in its metadata)")
-        self._sha256, self._data = meta.get("sha256"), 8 + length
+        self._sha256, self._data = (meta.get("sha256") if isinstance(text, str) else None), 8 + length
         entries, position = [], 0
-        for name, v in header.items():
+        tensors = sorted(header.items(), key=lambda item: item[1]["data_offsets"])  # names may come in any order
+        for name, v in tensors:
             dtype, shape = _BY_SAFETENSORS[v["dtype"]], tuple(v["shape"])
             start, end = v["data_offsets"]
             whole = all(isinstance(n, int) and n >= 0 for n in (*shape, start, end))
@@ -228,7 +234,7 @@ class TensorFile:
                 f"{self.path}: is {self.size} bytes long, its header promises {self._data + position}: "
                 "truncated or not completely downloaded?"
             )
-        return meta["config"].encode(), entries
+        return (text if isinstance(text, str) else "").encode(), entries
 
     def _safetensors_entry(self, name: str, dtype: str, shape: tuple[int, ...], offset: int) -> Entry:
         count = math.prod(shape)

@@ -17,8 +17,8 @@ from typing import Any
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.config import Config
-from ..checkpoints.load import resolve
 from ..checkpoints.pipeline import Pipeline
+from ..checkpoints.resolve import resolve
 from ..common.files import check_writable, sha256, writable_folder
 from ..common.world import World
 from ..device import defaults as device
@@ -30,7 +30,7 @@ from .checks import Options, check_options, check_space, settle_count, settle_me
 from .extractor import Extractor
 from .fetch import folder_fetch, in_class_order, sample_fetch
 from .picture_folder import EXTENSIONS, PictureFolder
-from .reference import Reference, keep
+from .reference import Reference, find_reference, keep
 from .report import Choices, Metrics
 from .scores import MeanStd
 from .statistics_file import Measured, read_statistics
@@ -85,7 +85,8 @@ def evaluate(
         source: a checkpoint, a run's folder, a Hugging Face repo id or a `Pipeline`, from which pictures are drawn in
             class order, picture i with seed `seed` + i; or a folder of finished pictures. Of a `Pipeline` the
             settings count, and the weights in its file: they are read again.
-        ref: a statistics file (.npz, of `mlx-sf stats` or a published one), or a folder of pictures.
+        ref: a statistics file (.npz, of `mlx-sf stats` or a published one), here, by URL or on the Hub
+            ("hf://org/name/file.npz"), optionally with "#sha256=HEX" behind it; or a folder of pictures.
         num_images: number of pictures, the same for each class; None is 50,000, or all of a folder.
         cfg: guidance scale, weights: weight set, solver: the settings that `Pipeline.sample` takes; None and what is
             left out are the checkpoint's (the `Pipeline`'s) own. None of them goes with finished pictures.
@@ -182,9 +183,9 @@ class Evaluation:
         self.folder: PictureFolder | None = None
         self.checkpoint: Checkpoint | None = None
         configs = self._open_checkpoint() if o.ckpt is not None else self._open_samples()
-        self._check_reference_exists()
+        place = find_reference(o.ref)
         self.extractor = Extractor(o.inception_weights, o.tap)
-        self.reference = Reference(o, self.extractor, self.img_size, self.output)
+        self.reference = Reference(place, o, self.extractor, self.img_size, self.output)
         r = self.reference
         chosen, notes = settle_metrics(o, self.count, r.count, r.has_rows, r.has_spectrum)
         self.choices = Choices(chosen, o.kid_subsets, o.kid_subset_size, o.neighbours)
@@ -219,10 +220,6 @@ class Evaluation:
         for name in dict.fromkeys(sets):
             ckpt.tensors(name)  # complete and finite, before the first of hours is spent
         return list(configs)
-
-    def _check_reference_exists(self) -> None:
-        if not Path(self.o.ref).exists():
-            raise MlxSfError(f"{self.o.ref}: no such file or folder, want reference statistics or a folder of pictures")
 
     def _run(self, config: Config | None) -> Run:
         o = self.o
@@ -301,9 +298,8 @@ class Evaluation:
         return keep(result, file, place, self.keep_rows)
 
     def _record(self, run: Run, metrics: Metrics, reference: Measured, seconds: float) -> None:
-        record = run.folder(
-            self.output / "records", ref=str(self.reference.path), choices=dataclasses.asdict(self.choices)
-        )
+        place = self.reference.place
+        record = run.folder(self.output / "records", ref=str(place.path), choices=dataclasses.asdict(self.choices))
         record = record.with_name(record.name + ".json")
         title = f"{run.label}: {self.count} images"
         config = run.config
@@ -324,7 +320,7 @@ class Evaluation:
             "time": now, "label": run.label, "metrics": report.as_dict(metrics),
             "options": dataclasses.asdict(self.o), "settings": run.settings,
             "choices": dataclasses.asdict(self.choices),
-            "reference": {"where": str(self.reference.path), "sha256": _sha256_of(self.o.ref),
+            "reference": {"where": str(place.path), "url": place.url, "sha256": place.sha256,
                           "count": reference.count, "provenance": dict(reference.provenance)},
             "inception": {"path": self.extractor.path, "sha256": self.extractor.sha256},
             "checkpoint_sha256": _sha256_of(self.checkpoint.path) if self.checkpoint is not None else None,

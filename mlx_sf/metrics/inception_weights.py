@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..common.files import replacing, sha256
+from ..common.files import cache_folder, replacing, sha256
 from ..common.progress import Progress
 from ..errors import MlxSfError, option
 from ..formats.tensor_file import Entry, TensorFile, check_suffix, write_tensor_file
@@ -280,13 +280,6 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 # ---- the public file -------------------------------------------------------------------------------------------
-
-
-def cache_folder() -> Path:
-    """Where downloads are kept: `MLX_SF_CACHE`, else `XDG_CACHE_HOME`/mlx-sf, else ~/.cache/mlx-sf."""
-    if os.environ.get("MLX_SF_CACHE"):
-        return Path(os.environ["MLX_SF_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlx-sf"
 
 
 def _by_hand() -> str:

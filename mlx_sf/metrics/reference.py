@@ -1,28 +1,40 @@
-"""The reference side of a comparison: a folder of pictures, or a statistics file."""
+"""The reference side of a comparison: a folder of pictures, or a statistics file, here or by its address."""
 
 import hashlib
 from pathlib import Path
 
+from ..common.files import sha256
 from ..common.world import World
 from ..errors import MlxSfError
 from .checks import Options
 from .extractor import Extractor
 from .fetch import folder_fetch
 from .picture_folder import PictureFolder
+from .remote import Place, fetch_reference, is_address
 from .statistics_file import Measured, check_comparable, read_statistics, write_statistics
 from .stream import What, measure
+
+
+def find_reference(ref: str) -> Place:
+    """The file or folder that `ref` means: a path, or an address (`remote`)."""
+    if is_address(ref):
+        return fetch_reference(ref)
+    path = Path(ref)
+    if not path.exists():
+        raise MlxSfError(f"{ref}: no such file or folder, want reference statistics or a folder of pictures")
+    return Place(path.resolve(), None, sha256(path) if path.is_file() else None)
 
 
 class Reference:
     """The reference side: opened and checked at once, measured (if it is a folder) when asked for, once."""
 
-    def __init__(self, o: Options, extractor: Extractor, img_size: tuple[int, int], output: Path) -> None:
+    def __init__(self, place: Place, o: Options, extractor: Extractor, img_size: tuple[int, int], output: Path) -> None:
         self.extractor, self.output, self.batch_size = extractor, output, o.batch_size
-        self.path = Path(o.ref).resolve()
+        self.place = place
         self.folder: PictureFolder | None = None
         self.statistics: Measured | None = None
         self.notes: list[str] = []
-        if Path(o.ref).is_dir():
+        if place.path.is_dir():
             self.folder = PictureFolder(o.ref)
             size = self.folder.check()
             if size != img_size:
@@ -35,7 +47,7 @@ class Reference:
                 raise MlxSfError(f"{o.ref}: holds one picture, want at least 2 for a covariance")
             self.has_rows = self.has_spectrum = True
         else:
-            self.statistics = read_statistics(o.ref, extractor.tap, keep_rows=True)
+            self.statistics = read_statistics(place.path, extractor.tap, keep_rows=True)
             facts = {"img_size": img_size, "tap": extractor.tap, "inception_sha256": extractor.sha256}
             self.notes = check_comparable(facts, self.statistics)
             self.count = self.statistics.count

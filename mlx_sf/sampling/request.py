@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -11,17 +11,22 @@ import numpy as np
 
 from ..errors import MlxSfError, option
 from ..models import Asked
-from .noise import load_noise, seeded_noise
+from .noise import MLX, Rng, TorchNoise, load_noise, seeded_noise
 from .solvers import SampleConfig
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to draw: image i is of `asked[i]`, a class or a prompt, with noise from `seeds[i]` or `noise[i]`."""
+    """What to draw: image i is of `asked[i]`, a class or a prompt, with noise from `seeds[i]` or `noise[i]`.
+
+    `rng` says whose numbers a seed stands for.
+    """
 
     asked: tuple[Asked, ...]
     seeds: tuple[int, ...]
     noise: np.ndarray | None = None
+    rng: Rng = MLX
+    _torch: dict[tuple[int, int], TorchNoise] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.asked)
@@ -31,27 +36,20 @@ class Request:
         chosen = range(len(self)) if numbers is None else numbers
         if self.noise is not None:
             return mx.array(np.asarray(self.noise[list(chosen)], dtype=np.float32))
-        return seeded_noise([self.seeds[i] for i in chosen], size)
+        if self.rng.name == "mlx":
+            return seeded_noise([self.seeds[i] for i in chosen], size)
+        torch = self._torch.setdefault(size, TorchNoise(self.rng, self.seeds, size))
+        return mx.array(np.stack([torch.image(i) for i in chosen]))
 
-
-def find_classes(wanted: Sequence[Asked], num_classes: int, class_names: Sequence[str] = ()) -> list[Asked]:
-    """Labels of classes that are given by number or by name, as text or not; "null", "none" and None are no class."""
-    names = [n.lower() for n in class_names]
-    labels: list[Asked] = []
-    for part in wanted:
-        text = str(part).strip()
-        if text.lower() in names:
-            labels.append(names.index(text.lower()))
-        elif text.lower() in ("null", "none"):
-            labels.append(None)
-        elif text.isascii() and text.isdigit() and int(text) < num_classes:
-            labels.append(int(text))
-        else:
-            known = f", or a name such as {class_names[0]}" if names else ""
-            raise MlxSfError(
-                f"{option('classes')}: {text!r} is no class of this model, want 0 to {num_classes - 1}{known}, or null"
-            )
-    return labels
+    def noise_facts(self, i: int) -> dict[str, Any]:
+        """Where the noise of image i is from, for its PNG."""
+        if self.noise is not None:
+            return {"noise": f"image {i} of a file"}
+        if self.rng.name == "mlx":
+            return {"seed": self.seeds[i]}
+        if self.rng.batch == 1:
+            return {"seed": self.seeds[i], "rng": self.rng.describe()}
+        return {"seed": self.seeds[0], "rng": f"{self.rng.describe()}, image {i} of the stream"}
 
 
 def make_request(
@@ -61,11 +59,16 @@ def make_request(
     seed: int,
     size: tuple[int, int],
     noise: str | os.PathLike[str] | np.ndarray | None = None,
+    rng: Rng = MLX,
 ) -> Request:
     """One image for each of `asked`; with `num_images` they (default: `every`) are gone through in turn.
 
-    Image i takes seed `seed + i`, unless initial noise (N, 3, H, W) is given as a file or an array.
+    Image i takes seed `seed + i` (of PyTorch's streams, as `rng` says), unless initial noise (N, 3, H, W) is given as
+    a file or an array.
     """
+    if noise is not None and rng != MLX:
+        raise MlxSfError(f"{option('noise')} holds the noise: leave out {option('rng')}")
+    rng.check(size)
     array = noise if isinstance(noise, np.ndarray) or noise is None else load_noise(noise, size)
     wanted = every if asked is None else asked
     n = num_images
@@ -79,7 +82,7 @@ def make_request(
         raise MlxSfError(f"{option('noise')}: holds noise for {len(array)} images, but {n} are asked for")
     if asked is not None and len(asked) > n:
         raise MlxSfError(f"{option('classes')} names {len(asked)} images, but only {n} are asked for")
-    return Request(tuple(wanted[i % len(wanted)] for i in range(n)), tuple(seed + i for i in range(n)), array)
+    return Request(tuple(wanted[i % len(wanted)] for i in range(n)), tuple(seed + i for i in range(n)), array, rng)
 
 
 # what a solver is asked by, in commands and in Python

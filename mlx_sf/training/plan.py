@@ -9,7 +9,7 @@ from typing import Any
 
 from ..checkpoints.checkpoint import Checkpoint, step_files
 from ..checkpoints.config import Config
-from ..checkpoints.load import resolve
+from ..checkpoints.resolve import resolve
 from ..common.world import World
 from ..data.sources import DataOptions, Source
 from ..errors import MlxSfError, option

@@ -15,10 +15,10 @@ from mlx.utils import tree_flatten
 
 from mlx_sf.checkpoints.checkpoint import Checkpoint, save_checkpoint, step_file
 from mlx_sf.checkpoints.config import Config
-from mlx_sf.checkpoints.load import load_model, resolve
+from mlx_sf.checkpoints.load import load_model
+from mlx_sf.checkpoints.resolve import resolve
 from mlx_sf.common import files
 from mlx_sf.errors import MlxSfError
-from mlx_sf.formats.shards import INDEX
 from mlx_sf.formats.tensor_file import Entry, TensorFile, write_tensor_file
 from mlx_sf.models.jit import JiT, JiTConfig
 
@@ -267,7 +267,7 @@ def test_names_are_checked(tmp_path, weights):
         save_checkpoint(tmp_path / "x.npz", {"ema1": weights}, CONFIG, {"ema1/x": mx.zeros(1)})
 
 
-def test_paths_run_folders_and_repos(tmp_path, weights, monkeypatch):
+def test_paths_and_run_folders(tmp_path, weights):
     run = tmp_path / "runs" / "a"
     run.mkdir(parents=True)
     with pytest.raises(MlxSfError, match="want exactly one .npz or .safetensors checkpoint, found none"):
@@ -282,23 +282,3 @@ def test_paths_run_folders_and_repos(tmp_path, weights, monkeypatch):
     for missing in ("nothing.npz", "runs/b.safetensors", "/no/where", "a b"):
         with pytest.raises(MlxSfError, match="no such file or folder"):
             resolve(missing)
-
-    import huggingface_hub
-
-    def snapshot(repo, allow_patterns):
-        assert (repo, allow_patterns) == ("someone/jit-b", ["*.npz", "*.safetensors", f"*{INDEX}"])
-        return str(only)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, name: str(only / name))
-    monkeypatch.chdir(tmp_path)
-    assert resolve("someone/jit-b") == only / "m.npz"
-    assert resolve("someone/jit-b/m.npz") == only / "m.npz"
-    assert load_model("someone/jit-b")[1].model == CONFIG.model
-
-    def offline(*_, **__):
-        raise ConnectionError("no route to host\nmore")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(MlxSfError, match="not to be had from the Hugging Face hub .no route to host."):
-        resolve("someone/jit-b")

@@ -166,7 +166,7 @@ def test_places_that_cannot_be_written_are_refused_first(refused, forced, tmp_pa
 
 def test_checkpoints_that_are_none_are_refused(refused, forced, tmp_path):
     refused("no such file or folder", "sample", "--ckpt", tmp_path / "none.npz")
-    refused("convert it first", "sample", "--ckpt", PARITY / "forced.pth")
+    refused("give --in-context-start", "sample", "--ckpt", PARITY / "forced.pth")
     whole = forced.read_bytes()
     (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
     refused("damaged", "sample", "--ckpt", tmp_path / "cut.npz")

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -32,12 +32,23 @@ from ..checkpoint import WEIGHT_SETS, counted, size_on_disk, stored_name, write_
 from ..config import Config
 from .origins import Origins
 
-Tensors = Mapping[str, TensorRef]
+
+class Tensor(Protocol):
+    """A tensor in a file: float types by name, read when asked for (bfloat16 as float32)."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def read(self) -> np.ndarray: ...
+
+
+Tensors = Mapping[str, Tensor]
 
 # weight set -> its key in the reference trainer's checkpoint
 _SET_KEYS = {"model": "model", "ema1": "model_ema1", "ema2": "model_ema2"}
 # prefixes that wrappers put in front of the network's own keys; the longest chain first
-_PREFIXES = ("net.", "module.", "_orig_mod.")
+_PREFIXES = ("net.", "module.", "_orig_mod.", "transformer.")
 # keys that hold nothing learned: rotary tables, which some versions of the reference store with the weights
 _IGNORED = re.compile(r"(.+\.)?(feat_)?rope(_incontext)?\.freqs_(cos|sin)")
 
@@ -106,6 +117,7 @@ class Report:
     layout: str
     origin: dict[str, list[str]] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     parameters: int = 0
     bytes: int = 0
 
@@ -118,13 +130,17 @@ def convert(
     flags: Mapping[str, Any] | None = None,
     on_tensor: Callable[[int, int], None] | None = None,
     quantization: QuantizationConfig | None = None,
+    assumed: Mapping[str, tuple[Any, str]] | None = None,
+    where: str | None = None,
+    origin: Mapping[str, Any] | None = None,
 ) -> Report:
     """Convert a `torch.save` file to a checkpoint, holding one tensor at a time.
 
     `weights` names one set or several ("ema1" by default; a bare state dict has just one, called "model"); `dtype`
     ("float32", "float16", "bfloat16") is that of the matrix products' operands, all else stays float32; `flags` are
     config fields that the file does not say; `on_tensor(done, total)` is called after each tensor. With `quantization`
-    the layers that it names are quantised, from float32.
+    the layers that it names are quantised, from float32. `assumed` are settings that are taken where nobody says them
+    (`configure`), `where` names the file in messages, `origin` goes into the checkpoint's provenance.
 
     Raises `MlxSfError` for unreadable files, missing, extra, misshapen or non-finite tensors, and settings that
     contradict each other or are said nowhere.
@@ -132,24 +148,25 @@ def convert(
     check_target(target)
     if Path(target).exists() and Path(target).samefile(source):
         raise MlxSfError(f"{target}: is the file to convert: choose another name for the result")
+    where = where or str(source)
     with open_torch_file(source) as file:
-        sets, args = _find_sets(file.root, str(source))
-        chosen = _choose(sets, weights, str(source))
-        stripped = {name: strip_wrappers(sets[name], str(source)) for name in chosen}
+        sets, args = _find_sets(file.root, where)
+        chosen = _choose(sets, weights, where)
+        stripped = {name: strip_wrappers(sets[name], where) for name in chosen}
         first = stripped[chosen[0]]
-        config, report = configure(first[0], args, dict(flags or {}), str(source))
+        config, report = configure(first[0], args, dict(flags or {}), where, assumed=assumed)
         epoch = file.root.get("epoch") if isinstance(file.root.get("epoch"), int) else None
-        provenance = {"converted_from": Path(source).name, "converted_by": f"mlx-sf {__version__}", "dtype": dtype}
+        made = {"converted_from": Path(source).name, "converted_by": f"mlx-sf {__version__}", "dtype": dtype}
+        provenance: dict[str, Any] = {**made, **(origin or {})}
         if epoch is not None:
             provenance["epoch"] = epoch
         config = dataclasses.replace(config, weights=tuple(chosen), provenance=provenance, quantization=quantization)
         report.config, report.layout = config, file.layout
         entries = []
         for name, (tensors, ignored) in stripped.items():
-            where = f"{source}: {name}"
             entries += [
                 dataclasses.replace(e, name=stored_name(config, name, e.name))
-                for e in network_entries(tensors, config.model, dtype, where, quantization)
+                for e in network_entries(tensors, config.model, dtype, f"{where}: {name}", quantization)
             ]
             report.ignored += ignored
         report.parameters = sum(math.prod(s) for s in parameter_shapes(config.model).values())
@@ -195,7 +212,7 @@ def _choose(sets: Mapping[str, Tensors], weights: str | Iterable[str] | None, wh
     return chosen
 
 
-def strip_wrappers(tensors: Tensors, where: str) -> tuple[dict[str, TensorRef], list[str]]:
+def strip_wrappers(tensors: Tensors, where: str) -> tuple[dict[str, Tensor], list[str]]:
     """Tensors by the network's own names, without wrappers' prefixes; and the keys ignored on purpose."""
     named = dict(tensors)
     while prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in named)), None):
@@ -210,7 +227,7 @@ def strip_wrappers(tensors: Tensors, where: str) -> tuple[dict[str, TensorRef], 
 
 
 def network_entries(
-    tensors: Mapping[str, TensorRef], config: JiTConfig, dtype: str, where: str, q: QuantizationConfig | None = None
+    tensors: Tensors, config: JiTConfig, dtype: str, where: str, q: QuantizationConfig | None = None
 ) -> list[Entry]:
     """The network's tensors as lazy entries in its own layout; every key is accounted for."""
     shapes = parameter_shapes(config)
@@ -243,7 +260,7 @@ def _source_shapes(key: str, shape: tuple[int, ...], config: JiTConfig) -> list[
     return [shape]
 
 
-def _entry(key: str, shape: tuple[int, ...], ref: TensorRef, dtype: str, where: str) -> Entry:
+def _entry(key: str, shape: tuple[int, ...], ref: Tensor, dtype: str, where: str) -> Entry:
     def read() -> np.ndarray:
         values = ref.read().reshape(shape)
         if not np.isfinite(values).all():
@@ -265,13 +282,26 @@ def _more(names: list[str]) -> str:
 
 
 def configure(
-    tensors: Mapping[str, TensorRef], args: Record | None, flags: dict[str, Any], where: str
+    tensors: Tensors,
+    args: Record | None,
+    flags: dict[str, Any],
+    where: str,
+    said: Mapping[str, tuple[Any, str]] | None = None,
+    assumed: Mapping[str, tuple[Any, str]] | None = None,
+    model_name: str | None = None,
 ) -> tuple[Config, Report]:
+    """The configuration of named weights, and where each setting came from.
+
+    `said` is what files beside the weights say, `assumed` what is taken where nobody says anything: setting -> (value,
+    origin). `model_name` is the published name that such a file gives the network.
+    """
     s = Origins(where)
     for name, value in _from_shapes(tensors, where).items():
         s.put(name, value, "shapes")
     if args is not None:
         _from_args(args, s)
+    for name, (value, origin) in (said or {}).items():
+        s.put(name, value, origin)
     for name, value in flags.items():
         if name not in FLAG_TYPES:
             raise MlxSfError(f"{where}: no setting of PyTorch models is called {name!r}")
@@ -283,7 +313,10 @@ def configure(
                 f"{' or '.join(PUBLISHED_SCHEDULES)}: convert it as it is, then train on from it"
             )
         s.put(name, value, f"flag {option(name.lower())}")
-    name = _name(s, args)
+    name = _name(s, args.values.get("model") if args is not None else model_name)
+    for setting, (value, origin) in (assumed or {}).items():
+        if setting not in s.values:
+            s.put(setting, value, origin)
     _complete(s)
     values = {n: v for n, (v, _) in s.values.items()}
 
@@ -301,7 +334,7 @@ def configure(
     return config, Report(config, "", s.told())
 
 
-def _from_shapes(tensors: Mapping[str, TensorRef], where: str) -> dict[str, Any]:
+def _from_shapes(tensors: Tensors, where: str) -> dict[str, Any]:
     """Everything that the weights' shapes say."""
 
     def shape(key: str, *ranks: int) -> tuple[int, ...]:
@@ -373,9 +406,8 @@ _FLOAT_FIELDS = {
 _ARCHITECTURE = ("depth", "hidden_size", "num_heads", "bottleneck_dim", "in_context_len")
 
 
-def _name(s: Origins, args: Record | None) -> str:
+def _name(s: Origins, named: Any) -> str:
     """The preset that these weights are: by the name in the args, which must fit, or by their shapes."""
-    named = args.values.get("model") if args is not None else None
     by_shape = next((n for n, z in SIZES.items() if all(getattr(z, f) == s.get(f) for f in _ARCHITECTURE)), None)
     size = by_shape
     if isinstance(named, str) and named.startswith("JiT-"):

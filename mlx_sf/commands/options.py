@@ -1,0 +1,52 @@
+"""Options that several commands share: how a checkpoint is named that is not mlx-sf's own."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..checkpoints.load import demo_checkpoint
+from ..checkpoints.resolve import resolve
+
+
+def offline_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--offline", is_flag=True, help="Use what is on this machine; never ask the Hugging Face Hub.")(
+        function
+    )
+
+
+def foreign_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What the files of a foreign checkpoint may not say, and `--offline`."""
+    for option in (
+        offline_option,
+        click.option(
+            "--in-context-start",
+            type=int,
+            help="Block before which the class tokens enter, for a foreign checkpoint that does not say.",
+        ),
+        click.option(
+            "--noise-scale",
+            type=float,
+            help="Standard deviation of the noise, for a foreign checkpoint that does not say: 1 up to 256 pixels.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def go_offline(offline: bool) -> None:
+    """Keep the Hub's client from asking; it reads this when it is imported, which nothing has done yet."""
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def named_checkpoint(
+    ckpt: str | None, noise_scale: float | None = None, in_context_start: int | None = None, offline: bool = False
+) -> Path:
+    """The checkpoint file that `--ckpt` and its companions mean; the demo model without `--ckpt`."""
+    go_offline(offline)
+    if ckpt is None:
+        return demo_checkpoint()
+    return resolve(ckpt, {"noise_scale": noise_scale, "in_context_start": in_context_start})
