@@ -207,10 +207,14 @@ def _cached_listing(name: HubName, why: str) -> Listing:
     try:
         folder = Path(snapshot_download(name.repo, revision=name.revision, local_files_only=True))
     except Exception:
-        raise MlxSfError(f"{name}: is not in the cache, and there is no network ({why}): go online once") from None
+        raise MlxSfError(
+            f"{name}: no file or folder here, is not in the cache, and there is no network ({why}): go online once"
+        ) from None
     sizes = {str(p.relative_to(folder)): p.stat().st_size for p in _files(folder)}
     if not any(p.endswith(WEIGHTS) and within(p, name.path) for p in sizes):
-        raise MlxSfError(f"{name}: is not in the cache, and there is no network ({why}): go online once")
+        raise MlxSfError(
+            f"{name}: no file or folder here, is not in the cache, and there is no network ({why}): go online once"
+        )
     if why != "offline":
         _to_stderr(f"{name}: no network ({why}): taking the copy of commit {folder.name[:12]} from the cache")
     return Listing(name, folder.name, sizes, {}, folder)
@@ -245,7 +249,8 @@ def _told(ask: Callable[[], Any], name: HubName, without_network: Callable[[str]
         ) from None
     except errors.RepositoryNotFoundError:
         raise MlxSfError(
-            f"{name}: no repository {name.repo} on the Hub, or it is private: check the name, or `hf auth login`"
+            f"{name}: no file or folder here, and no repository {name.repo} on the Hub, or it is private: "
+            "check the name, or `hf auth login`"
         ) from None
     except errors.RevisionNotFoundError:
         raise MlxSfError(f"{name}: {name.repo} has no branch, tag or commit {name.revision!r}") from None
