@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import MlxSfError, option
 from ..models.quantize import QuantizationConfig
-from .convert.jit import Report
+from .convert.jit_settings import Report
 from .export import quantize_checkpoint
 from .resolve import convert_found, locate
 
@@ -45,9 +45,7 @@ def convert(
     sets = [weights] if isinstance(weights, str) else None if weights is None else list(weights)
     found = locate(source)
     if found.kind != "own":
-        return convert_found(
-            found, target, weights=sets, dtype=dtype, settings=settings, on_tensor=on_tensor, quantization=q
-        )
+        return convert_found(found, target, settings, on_tensor, dtype, q, sets)
     if q is None:
         raise MlxSfError(
             f"{source}: is no PyTorch file; a checkpoint of mlx-sf is converted with {option('quantize')} only"

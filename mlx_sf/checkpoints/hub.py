@@ -3,21 +3,26 @@
 The client's own environment variables hold: HF_TOKEN, HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE, and those of its progress.
 """
 
+import contextlib
+import errno
 import glob
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..common.files import sha256
+from ..common.progress import tell
+from ..common.text import first_line
 from ..errors import MlxSfError
 from .names import HubName
 
 WEIGHTS = (".safetensors", ".npz", ".pth")
 COMPONENTS = ("transformer", "generator")  # folders that hold the network inside a model's folder
+MAX_JSON = 16 << 20
 _INDEX = ".safetensors.index.json"
+_DESCRIPTIONS = ("config.json", "model_index.json", "scheduler_config.json")
 
 
 @dataclass(frozen=True)
@@ -106,13 +111,12 @@ def listing(name: HubName) -> Listing:
     return _told(ask, name, lambda reason: _cached_listing(name, reason))
 
 
-def fetch(name: HubName, say: Callable[[str], None] | None = None) -> Fetched:
-    """Fetch the one model that a name means; only its weights and the JSON beside them. `say` takes lines for people.
+def fetch(name: HubName) -> Fetched:
+    """Fetch the one model that a name means; only its weights and the JSON beside them.
 
     `MlxSfError` where the name means none or several, what is there is no network of ours, the Hub refuses, or the
     disk is too small; a file whose SHA-256 is not the Hub's is removed again.
     """
-    say = say or _to_stderr
     found = listing(name)
     model, files = choose(found)
     wanted = [*files, *_described_by(found, model)]
@@ -120,13 +124,13 @@ def fetch(name: HubName, say: Callable[[str], None] | None = None) -> Fetched:
     where = HubName(name.repo, model, name.revision)
     if found.local is not None:
         return Fetched(found.local / weights, where, found.commit)
-    missing = [f for f in wanted if _in_cache(name.repo, found.commit, f) is None]
-    if not missing and (here := _in_cache(name.repo, found.commit, weights)) is not None:
-        return Fetched(here, where, found.commit)
-    if missing:
-        size = found.size(missing)
-        _check_space(name, size)
-        say(f"{name}: downloading {size / 1e6:,.1f} MB ({', '.join(PurePosixPath(f).name for f in files[:3])})")
+    here = {f: path for f in wanted if (path := _in_cache(name.repo, found.commit, f)) is not None}
+    missing = [f for f in wanted if f not in here]
+    if not missing:
+        return Fetched(here[weights], where, found.commit)
+    size = found.size(missing)
+    _check_space(name, size)
+    tell(f"{name}: downloading {size / 1e6:,.1f} MB ({', '.join(PurePosixPath(f).name for f in files[:3])})")
 
     def download() -> Path:
         from huggingface_hub import snapshot_download
@@ -169,9 +173,8 @@ def _described_by(found: Listing, model: str) -> list[str]:
     if found.sizes.get(model) is not None:  # a file: its own folder, and around that if it is a component's
         folder = str(PurePosixPath(model).parent).removesuffix(".")
         places = {folder, _model_folder(folder), f"{_model_folder(folder)}/scheduler".strip("/")}
-    names = ("config.json", "model_index.json", "scheduler_config.json", "conversion_metadata.json")
-    wanted = {f"{place}/{n}".strip("/") for place in places for n in names}
-    return sorted(p for p in wanted if found.sizes.get(p, 1 << 40) < 16 << 20)
+    wanted = {f"{place}/{n}".strip("/") for place in places for n in _DESCRIPTIONS}
+    return sorted(p for p in wanted if p in found.sizes and found.sizes[p] < MAX_JSON)
 
 
 # ------------------------------------------------------------------------------------------------ the cache
@@ -204,19 +207,16 @@ def _cached_listing(name: HubName, why: str) -> Listing:
     """What the cache holds of a repository: `snapshot_download` without a network."""
     from huggingface_hub import snapshot_download
 
-    try:
+    sizes: dict[str, int] = {}
+    with contextlib.suppress(Exception):  # nothing of the repository is here
         folder = Path(snapshot_download(name.repo, revision=name.revision, local_files_only=True))
-    except Exception:
-        raise MlxSfError(
-            f"{name}: no file or folder here, is not in the cache, and there is no network ({why}): go online once"
-        ) from None
-    sizes = {str(p.relative_to(folder)): p.stat().st_size for p in _files(folder)}
+        sizes = {str(p.relative_to(folder)): p.stat().st_size for p in _files(folder)}
     if not any(p.endswith(WEIGHTS) and within(p, name.path) for p in sizes):
         raise MlxSfError(
             f"{name}: no file or folder here, is not in the cache, and there is no network ({why}): go online once"
         )
     if why != "offline":
-        _to_stderr(f"{name}: no network ({why}): taking the copy of commit {folder.name[:12]} from the cache")
+        tell(f"{name}: no network ({why}): taking the copy of commit {folder.name[:12]} from the cache")
     return Listing(name, folder.name, sizes, {}, folder)
 
 
@@ -254,41 +254,33 @@ def _told(ask: Callable[[], Any], name: HubName, without_network: Callable[[str]
         ) from None
     except errors.RevisionNotFoundError:
         raise MlxSfError(f"{name}: {name.repo} has no branch, tag or commit {name.revision!r}") from None
-    except errors.LocalEntryNotFoundError as e:
-        reason = _reason(e)
-        if without_network is not None:
-            return without_network(reason)
-        raise MlxSfError(f"{name}: the download broke off ({reason}): try again, it goes on where it stopped") from None
     except errors.HFValidationError:
         raise MlxSfError(f"{name}: {name.repo!r} cannot be the name of a repository, want org/name") from None
-    except errors.HfHubHTTPError as e:
-        raise MlxSfError(f"{name}: the Hub refuses ({_reason(e)}): try again later") from None
     except MlxSfError:
         raise
-    except OSError as e:
-        if e.errno is not None and e.filename is not None:
+    except Exception as e:  # the disk; or the client's own transport, httpx or requests, which is its business
+        # before 1.0 the client's "not here, and no network" was an answer of the Hub, too
+        if isinstance(e, errors.HfHubHTTPError) and not isinstance(e, errors.LocalEntryNotFoundError):
+            raise MlxSfError(f"{name}: the Hub refuses ({_reason(e)}): try again later") from None
+        if isinstance(e, OSError) and e.errno is not None and e.filename is not None:
             raise MlxSfError(f"{name}: cannot be stored in {e.filename} ({e.strerror}): free some space") from None
-        if e.errno in (27, 28, 122):  # the file or the disk is full, or a quota
+        if isinstance(e, OSError) and e.errno in _FULL:
             raise MlxSfError(f"{name}: cannot be stored ({e.strerror}): free some space, or set HF_HOME") from None
         if without_network is not None:
             return without_network(_reason(e))
-        raise MlxSfError(f"{name}: the download broke off ({_reason(e)}): try again, it goes on") from None
-    except Exception as e:  # the client's own transport: httpx or requests, which of them is its business
-        if without_network is not None:
-            return without_network(_reason(e))
-        raise MlxSfError(f"{name}: the download broke off ({_reason(e)}): try again, it goes on") from None
+        raise MlxSfError(
+            f"{name}: the download broke off ({_reason(e)}): try again, it goes on where it stopped"
+        ) from None
+
+
+_FULL = (errno.EFBIG, errno.ENOSPC, errno.EDQUOT)
 
 
 def _reason(e: Exception) -> str:
-    lines = str(e).strip().splitlines()
-    return lines[0].rstrip(".:") if lines else type(e).__name__
+    return first_line(e).rstrip(".:")
 
 
 def _quiet() -> None:
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()  # its retries are not for our user: one line says it all
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

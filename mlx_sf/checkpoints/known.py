@@ -57,7 +57,7 @@ VERIFIED = {
 }
 
 _PUBLISHED = {"method": "heun", "steps": 50, "cfg_low": 0.1, "cfg_high": 1.0}
-_ONE_STEP = {"method": "euler", "steps": 1, "cfg": 1.0}
+ONE_STEP = {"method": "euler", "steps": 1, "cfg": 1.0}  # FD-Loss
 
 
 def _jit(size: str, patch: int, image: int, gb: float, cfg: float, fid: float) -> Known:
@@ -73,7 +73,7 @@ def _fd(size: str, kind: str, gb: float) -> Known:
     path = f"checkpoints/post-trained/JiT-{size}_FD-{kind}.pth"
     name = f"jit-{size.lower()}/16-fd-{kind.lower()}"
     note = "one step; the position table may be trained, and is read"
-    return Known(name, "jjiaweiyang/FD-Loss", path, f"{size}/16", 256, gb, "MIT (code)", None, "pth", _ONE_STEP, note)
+    return Known(name, "jjiaweiyang/FD-Loss", path, f"{size}/16", 256, gb, "MIT (code)", None, "pth", ONE_STEP, note)
 
 
 KNOWN = (
@@ -108,6 +108,11 @@ def by_name(text: str) -> Known | None:
 def at(repo: str, path: str) -> Known | None:
     """The known model that lies at this place of a repository."""
     return next((k for k in KNOWN if k.repo.lower() == repo.lower() and k.path == path.strip("/")), None)
+
+
+def assumed(settings: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    """Settings of this table as `convert.jit.configure` takes them: each with the place that says it."""
+    return {name: (value, "table of known models") for name, value in settings.items()}
 
 
 def recommended(size: str, patch: int, image: int) -> dict[str, Any]:

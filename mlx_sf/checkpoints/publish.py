@@ -14,6 +14,7 @@ from PIL import Image
 from .. import __version__
 from ..common.figures import grid
 from ..common.files import sha256
+from ..common.text import first_line
 from ..errors import MlxSfError, option
 from ..formats.shards import SHARD_BYTES
 from ..formats.tensor_file import Entry
@@ -71,7 +72,6 @@ def write_repository(
     name = checkpoint.pick(weights)
     told = {k: _bare(v) for k, v in checkpoint.config.provenance.items() if k in _PUBLIC}
     config = dataclasses.replace(checkpoint.config, weights=(name,), provenance=told)
-    checkpoint.file.verify()
     entries = list(_entries(checkpoint, name))
     folder.parent.mkdir(parents=True, exist_ok=True)
     if sum(e.nbytes for e in entries) > SHARD_BYTES:
@@ -95,7 +95,7 @@ def _bare(value: Any) -> Any:
 
 
 def _entries(checkpoint: Checkpoint, weights: str) -> Iterator[Entry]:
-    """The stored tensors of one weight set, by the network's own names, each checked when it is read."""
+    """The stored tensors of one weight set, by the network's own names; file and tensors are checked (`stream`)."""
     for key, _ in checkpoint.stream(weights):
         yield dataclasses.replace(checkpoint.file.entries[stored_name(checkpoint.config, weights, key)], name=key)
 
@@ -228,8 +228,9 @@ def check_token() -> None:
             raise MlxSfError(
                 f"the Hub cannot be reached ({type(e).__name__}): {option('dry_run')} needs none"
             ) from None
-        first = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        raise MlxSfError(f"the Hub knows no valid token of yours ({first}): `hf auth login`, or set HF_TOKEN") from None
+        raise MlxSfError(
+            f"the Hub knows no valid token of yours ({first_line(e)}): `hf auth login`, or set HF_TOKEN"
+        ) from None
     token = user.get("auth", {}).get("accessToken", {}) if isinstance(user, dict) else {}
     if token.get("role") == "read":
         raise MlxSfError("the Hub's token may only read: make one that may write, then `hf auth login`")
@@ -252,9 +253,9 @@ def send(folder: Path, repo: str, private: bool, revision: str | None, create_pr
     except errors.RevisionNotFoundError:
         raise MlxSfError(f"{repo}: has no branch {revision!r}: make it on its page first") from None
     except errors.HfHubHTTPError as e:
-        first = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        raise MlxSfError(f"{repo}: the Hub refuses the upload ({first}): is the repository yours to write?") from None
+        raise MlxSfError(
+            f"{repo}: the Hub refuses the upload ({first_line(e)}): is the repository yours to write?"
+        ) from None
     except Exception as e:
-        first = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        raise MlxSfError(f"{repo}: the upload broke off ({first}): try again") from None
+        raise MlxSfError(f"{repo}: the upload broke off ({first_line(e)}): try again") from None
     return str(done.pr_url or done.commit_url)

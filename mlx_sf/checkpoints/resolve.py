@@ -4,22 +4,23 @@ import hashlib
 import json
 import os
 import re
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from .. import __version__
 from ..common.files import cache_folder
-from ..common.progress import Progress
+from ..common.progress import Progress, tell
 from ..errors import MlxSfError, option
 from ..formats.shards import index_of
 from ..formats.tensor_file import SUFFIXES, TensorFile
+from ..models.quantize import QuantizationConfig
 from . import hub
 from .checkpoint import step_files
 from .convert import diffusers, jit
-from .known import Known, at, by_name
+from .convert.jit_settings import Report
+from .known import Known, assumed, at, by_name
 from .names import HubName, parse
 
 TORCH_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
@@ -42,8 +43,7 @@ class Found:
     @property
     def assumed(self) -> dict[str, tuple[Any, str]]:
         """Settings that its files need not say, because it is a known model."""
-        settings = self.known.settings if self.known else {}
-        return {name: (value, "table of known models") for name, value in settings.items()}
+        return assumed(self.known.settings) if self.known else {}
 
     def files(self) -> list[Path]:
         """What a conversion reads."""
@@ -74,7 +74,7 @@ def locate(path: str | os.PathLike[str]) -> Found:
         return _at(Path(path).expanduser(), str(path))
     known = by_name(str(path))
     if known:
-        print(f"{path}: {name}", file=sys.stderr)
+        tell(f"{path}: {name}")
     fetched = hub.fetch(name)
     origin = {"repo": str(HubName(fetched.name.repo, fetched.name.path)), "commit": fetched.commit}
     known = known or at(fetched.name.repo, fetched.name.path)
@@ -169,18 +169,24 @@ def _converted(found: Found, settings: Mapping[str, Any]) -> Path:
             bar.set_total(total)
             bar.update()
 
-        report = convert_found(found, target, settings=settings, on_tensor=tick)
+        report = convert_found(found, target, settings, tick)
     for line in (*taken(report), f"converted once, into {target}"):
-        print(f"{found.where}: {line}", file=sys.stderr)
+        tell(f"{found.where}: {line}")
     return target
 
 
-def convert_found(found: Found, target: str | os.PathLike[str], **how: Any) -> jit.Report:
-    """Convert by layout. `how`: settings, on_tensor, dtype, quantization; of a `.pth` also weights."""
-    settings, on_tensor = how.get("settings"), how.get("on_tensor")
-    quantization, dtype = how.get("quantization"), how.get("dtype")
+def convert_found(
+    found: Found,
+    target: str | os.PathLike[str],
+    settings: Mapping[str, Any],
+    on_tensor: Callable[[int, int], None] | None = None,
+    dtype: str | None = None,
+    quantization: QuantizationConfig | None = None,
+    weights: Sequence[str] | None = None,
+) -> Report:
+    """Convert what was found, by its layout; `weights` choose among the sets of a `.pth`."""
     if found.folder is not None:
-        if (sets := how.get("weights")) and list(sets) != ["model"]:
+        if weights and list(weights) != ["model"]:
             raise MlxSfError(f"{found.where}: holds one weight set: leave out {option('weights')}")
         return diffusers.convert(
             found.folder, target, dtype, settings, on_tensor, quantization, found.where, found.origin
@@ -188,7 +194,7 @@ def convert_found(found: Found, target: str | os.PathLike[str], **how: Any) -> j
     return jit.convert(
         found.path,
         target,
-        how.get("weights"),
+        weights,
         dtype or "float32",
         settings,
         on_tensor,
@@ -199,12 +205,10 @@ def convert_found(found: Found, target: str | os.PathLike[str], **how: Any) -> j
     )
 
 
-def taken(report: jit.Report) -> list[str]:
+def taken(report: Report) -> list[str]:
     """What a conversion took from the table of known models, and what it left out, in words."""
-    lines = []
-    for origin, settings in report.origin.items():
-        if origin == "table":
-            lines.append(f"its files do not say, taken from the table of known models: {', '.join(settings)}")
+    settings = report.origin.get("table")
+    lines = [f"its files do not say, taken from the table of known models: {', '.join(settings)}"] if settings else []
     return lines + report.notes
 
 

@@ -7,16 +7,11 @@ import click
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import MlxSfError
 from ..sampling.class_names import ClassNames
-from .options import foreign_options, named_checkpoint
+from .options import ckpt_options, named_checkpoint
 
 
 @click.command(short_help="List the classes of a checkpoint, or find some by a word.")
-@click.option(
-    "--ckpt",
-    help="Checkpoint: a file, a run folder, a name of `mlx-sf models`, or org/name/folder on the Hugging Face Hub. "
-    "[default: the built-in demo model]",
-)
-@foreign_options
+@ckpt_options
 @click.option("--find", help="List only the classes whose name, number or WordNet id holds this.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of lines.")
 def command(

@@ -8,7 +8,7 @@ import click
 
 from ..checkpoints.checkpoint import size_on_disk
 from ..checkpoints.conversion import convert
-from ..checkpoints.convert.jit import FLAG_TYPES, PUBLISHED_SCHEDULES, Report
+from ..checkpoints.convert.jit_settings import FLAG_TYPES, PUBLISHED_SCHEDULES, Report
 from ..checkpoints.load import verify_checkpoint
 from ..common.progress import Progress
 from ..errors import MlxSfError

@@ -6,9 +6,10 @@ import click
 
 from ..device import defaults as device
 from ..errors import MlxSfError, spelt
-from ..metrics.checks import LAYERS, METRICS, Options
+from ..metrics.checks import METRICS, Options
 from ..metrics.evaluate import Evaluation, write_table_of
 from ..sampling.solvers import Method
+from .inception_options import inception_options
 from .options import go_offline, offline_option
 
 _SAMPLING = ("cfg", "weights", "steps", "method", "cfg_interval", "sample_t_eps", "seed", "dtype", "save_samples")
@@ -72,16 +73,7 @@ def _names(_: click.Context, __: click.Parameter, text: str | None) -> tuple[str
     callback=_names,
     help=f"Metrics to compute, of {', '.join(METRICS)}. [default: all that the reference allows]",
 )
-@click.option(
-    "--inception-weights", type=click.Path(), help="File of the Inception weights, where they cannot be downloaded."
-)
-@click.option(
-    "--feature-layer",
-    type=click.Choice(LAYERS),
-    default="2048",
-    show_default=True,
-    help="Inception layer that features are taken from; 2048 is the one of published FIDs.",
-)
+@inception_options
 @click.option(
     "--is-splits", type=click.IntRange(1), default=10, show_default=True, help="Splits of the Inception Score."
 )

@@ -1,4 +1,4 @@
-"""Options that several commands share: how a checkpoint is named that is not mlx-sf's own."""
+"""Options that several commands share: how a checkpoint is named."""
 
 import os
 from collections.abc import Callable
@@ -17,8 +17,8 @@ def offline_option(function: Callable[..., Any]) -> Callable[..., Any]:
     )
 
 
-def foreign_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What the files of a foreign checkpoint may not say, and `--offline`."""
+def ckpt_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--ckpt`, what the files of a foreign checkpoint may not say, and `--offline`: see `named_checkpoint`."""
     for option in (
         offline_option,
         click.option(
@@ -30,6 +30,11 @@ def foreign_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "--noise-scale",
             type=float,
             help="Standard deviation of the noise, for a foreign checkpoint that does not say: 1 up to 256 pixels.",
+        ),
+        click.option(
+            "--ckpt",
+            help="Checkpoint: a file, a run folder, a name of `mlx-sf models`, or org/name/folder on the Hugging Face "
+            "Hub. [default: the built-in demo model]",
         ),
     ):
         function = option(function)

@@ -19,16 +19,11 @@ from ..sampling.output import Output, Stepwise
 from ..sampling.request import with_solver
 from ..sampling.solvers import Method
 from ..sampling.torch_random import GPU_THREADS
-from .options import foreign_options, named_checkpoint
+from .options import ckpt_options, named_checkpoint
 
 
 @click.command(short_help="Draw pictures from a checkpoint.")
-@click.option(
-    "--ckpt",
-    help="Checkpoint: a file, a run folder, a name of `mlx-sf models`, or org/name/folder on the Hugging Face Hub. "
-    "[default: the built-in demo model]",
-)
-@foreign_options
+@ckpt_options
 @click.option("--weights", help="Weight set of the checkpoint: model, ema1 or ema2. [default: ema1]")
 @click.option(
     "--classes",

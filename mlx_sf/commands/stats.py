@@ -5,8 +5,8 @@ from typing import Any
 import click
 
 from ..device import defaults as device
-from ..metrics.checks import LAYERS
 from ..metrics.stats import StatsOptions, make_statistics
+from .inception_options import inception_options
 
 
 @click.command(short_help="Make reference statistics for FID from a data set.")
@@ -22,16 +22,7 @@ from ..metrics.stats import StatsOptions, make_statistics
 @click.option(
     "--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Pictures measured at a time."
 )
-@click.option(
-    "--inception-weights", type=click.Path(), help="File of the Inception weights, where they cannot be downloaded."
-)
-@click.option(
-    "--feature-layer",
-    type=click.Choice(LAYERS),
-    default="2048",
-    show_default=True,
-    help="Inception layer that features are taken from; 2048 is the one of published FIDs.",
-)
+@inception_options
 def command(feature_layer: str, **options: Any) -> None:
     """Reference statistics of a data set, for `mlx-sf eval --ref`.
 

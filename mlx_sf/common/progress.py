@@ -7,6 +7,11 @@ from typing import Any
 from tqdm import tqdm
 
 
+def tell(line: str) -> None:
+    """A line for people, on stderr: results alone go to stdout."""
+    print(line, file=sys.stderr, flush=True)
+
+
 class Progress:
     """A tqdm bar on stderr, or plain lines every `every` seconds where stderr is not a terminal.
 
@@ -51,4 +56,4 @@ class Progress:
             spent = now - self.start
             left = spent / self.done * (self.total - self.done) if self.done else 0.0
             line = f"{self.what}: {self.done}/{self.total} {self.unit}, {spent:.0f} s, about {left:.0f} s left"
-            print(f"{line} {self.text}".rstrip(), file=sys.stderr, flush=True)
+            tell(f"{line} {self.text}".rstrip())

@@ -18,3 +18,8 @@ def columns(rows: Sequence[tuple[str, str]]) -> str:
     """Aligned `name  value` lines."""
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def first_line(error: Exception) -> str:
+    """What another library's exception says, in one line: the first of its message, or its class."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..common.text import first_line
 from ..errors import MlxSfError, option
 from .decode import BadPictureError, Decode, load_picture, short_side
 from .numbered import NumberedSource, Picture, square_or
@@ -98,9 +99,9 @@ def _open_dataset(path: str, split: str, streaming: bool) -> Any:
     except MlxSfError:
         raise
     except Exception as e:  # the library's errors have no common base
-        lines = str(e).strip().splitlines() or [type(e).__name__]
+        reason = first_line(e)[:200]
         raise MlxSfError(
-            f"{path}: neither a folder or file here nor a data set on the Hub that can be opened ({lines[0][:200]})"
+            f"{path}: neither a folder or file here nor a data set on the Hub that can be opened ({reason})"
         ) from None
 
 

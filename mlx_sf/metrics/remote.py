@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import ssl
-import sys
 import tempfile
 import urllib.error
 import urllib.request
@@ -25,7 +24,8 @@ from urllib.parse import urlsplit
 
 from ..checkpoints.names import parse
 from ..common.files import cache_folder, replacing, sha256, writable_folder
-from ..common.progress import Progress
+from ..common.progress import Progress, tell
+from ..common.text import first_line
 from ..errors import MlxSfError
 
 _ATTEMPTS = 3
@@ -67,7 +67,7 @@ def fetch_reference(ref: str) -> Place:
         if path.is_file() and sha256(path) == wanted:
             return Place(path, address, wanted)
         if path.exists():
-            print(f"{path}: was changed or damaged, fetching it again", file=sys.stderr)
+            tell(f"{path}: was changed or damaged, fetching it again")
     with tempfile.TemporaryDirectory(dir=writable_folder(root)) as folder, _disk_errors(root):
         new = Path(folder) / name
         if address.startswith(_WEB):
@@ -177,5 +177,4 @@ def _from_hub(address: str) -> Path:
             raise MlxSfError(f"{where}: is not in the cache, and the Hub cannot be reached: go online once") from None
         raise MlxSfError(f"{where}: the {kind} {name.repo} has no file {name.path}") from None
     except Exception as e:  # the client's own transport: httpx or requests, which of them is its business
-        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        raise MlxSfError(f"{where}: cannot be downloaded ({reason}): try again") from None
+        raise MlxSfError(f"{where}: cannot be downloaded ({first_line(e)}): try again") from None

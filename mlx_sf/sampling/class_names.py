@@ -18,6 +18,7 @@ from ..models import Asked
 _TABLE = Path(__file__).with_name("imagenet1k.tsv")
 _NONE = ("null", "none")
 _SHOWN = 6
+_IMAGENET_CLASSES = 1000
 
 
 @functools.cache
@@ -25,6 +26,13 @@ def imagenet() -> tuple[tuple[str, str], ...]:
     """(WordNet id, label) of ImageNet's 1,000 classes in index order."""
     lines = _TABLE.read_text(encoding="utf-8").splitlines()
     return tuple((wnid, label) for wnid, _, label in (line.partition("\t") for line in lines))
+
+
+@functools.cache
+def _columns() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The table's WordNet ids, and its labels."""
+    wnids, labels = zip(*imagenet(), strict=True)
+    return wnids, labels
 
 
 @dataclass(frozen=True)
@@ -43,12 +51,13 @@ class ClassNames:
     @classmethod
     def of(cls, num_classes: int, class_names: Sequence[str] = ()) -> "ClassNames":
         """The names that a checkpoint holds; ImageNet's where it holds none and has 1,000 classes."""
-        table = imagenet()
-        if not class_names and num_classes == len(table):
-            return cls(num_classes, tuple(n for _, n in table), tuple(w for w, _ in table), True)
         labels = tuple(class_names)
-        wnids = tuple(w for w, _ in table) if labels == tuple(n for _, n in table) else ()
-        return cls(num_classes, labels, wnids)
+        if num_classes != _IMAGENET_CLASSES:
+            return cls(num_classes, labels)
+        wnids, table = _columns()
+        if not labels:
+            return cls(num_classes, table, wnids, True)
+        return cls(num_classes, labels, wnids if labels == table else ())
 
     def short(self, number: int) -> str:
         """The first synonym of a class; "" where it has no name."""
@@ -61,12 +70,13 @@ class ClassNames:
         accents, hyphens and apostrophes, a whole label; the first synonym of one class; a synonym of one class. Where
         words are those of several classes, one that is spelt with exactly this case is taken.
         """
-        text = str(part).strip()
         if part is None:
             return None
-        called = [i for i, label in enumerate(self.labels) if label.lower() == text.lower()]
-        if len(called) == 1 and (text.isdigit() or text.lower() in _NONE):
-            return called[0]
+        text = str(part).strip()
+        if text.isdigit() or text.lower() in _NONE:
+            called = [i for i, label in enumerate(self.labels) if label.lower() == text.lower()]
+            if len(called) == 1:
+                return called[0]
         if text.isascii() and text.isdigit() and int(text) < self.count:
             return int(text)
         if text.lower() in _NONE:

@@ -177,15 +177,18 @@ def test_a_disk_that_fills_while_it_downloads(hub, env, tmp_path):
 
 
 class _Evil:
+    def __init__(self, trace):
+        self.trace = trace
+
     def __reduce__(self):
-        return (eval, ("open('/tmp/pwned-by-a-checkpoint', 'w')",))
+        return (eval, (f"open({str(self.trace)!r}, 'w')",))
 
 
 def test_a_malicious_pickle_is_data(hub, env, tmp_path):
-    hub.add(REPO, {"model.pth": pickle.dumps(_Evil())})
+    hub.add(REPO, {"model.pth": pickle.dumps(_Evil(tmp_path / "pwned"))})
     line = refused(REPO, env, tmp_path)
     assert "model.pth" in line
-    assert not Path("/tmp/pwned-by-a-checkpoint").exists()
+    assert not (tmp_path / "pwned").exists()
 
 
 def test_a_malicious_listing_never_leaves_the_cache(hub, env, tmp_path):

@@ -11,7 +11,6 @@ The weights' shapes decide; JSON fills in what they do not say, and `known` what
 
 import dataclasses
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -25,16 +24,14 @@ from ...errors import MlxSfError
 from ...flow import published_noise_scale
 from ...formats.shards import check_target, open_foreign
 from ...formats.tensor_file import Entry
-from ...models import parameter_shapes
 from ...models.jit_sizes import SIZES, find_size
 from ...models.quantize import QuantizationConfig
-from ..checkpoint import counted, size_on_disk, write_checkpoint
-from ..hub import COMPONENTS
-from ..known import recommended
-from .jit import Report, configure, network_entries, strip_wrappers
+from ..hub import COMPONENTS, MAX_JSON
+from ..known import ONE_STEP, assumed, recommended
+from .jit import network_entries, strip_wrappers, write
+from .jit_settings import Report, configure
 
 _STEM = "diffusion_pytorch_model"
-_MAX_JSON = 16 << 20
 _CLASSES = ("JiTTransformer2DModel",)
 _FOREIGN_PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "image_encoder", "unet", "prior")
 
@@ -104,14 +101,13 @@ class Folder:
 def find(place: Path) -> Folder | None:
     """The model at a folder, or of a single `.safetensors`; None where it is in none of these layouts."""
     if place.is_file():
-        component = place.parent
-        return Folder(place, component, component.parent if component.name in COMPONENTS else component)
+        return Folder(place, place.parent, _around(place.parent))
     for component in (place, *(place / c for c in COMPONENTS)):
         names = sorted(p.name for p in component.iterdir()) if component.is_dir() else []
         index = [n for n in names if n.startswith(_STEM) and n.endswith(".index.json")]
         single = [n for n in names if n.startswith(_STEM) and n.endswith(".safetensors") and "-of-" not in n]
         for name in sorted(index, key=len)[:1] + sorted(single, key=len)[:1]:
-            return Folder(component / name, component, place if component != place else _around(place))
+            return Folder(component / name, component, _around(component))
     return None
 
 
@@ -167,13 +163,10 @@ def convert(
         config, class_names=_class_names(index, config_json, config.model.num_classes), provenance=made,
         quantization=quantization,
     )  # fmt: skip
-    report.config, report.layout, report.ignored = config, "diffusers", ignored
+    report.layout, report.ignored = "diffusers", ignored
     if (shift := scheduler.get("shift")) not in (None, 1, 1.0):
         report.notes.append(f"its scheduler's shift {shift} is another time grid than the published one: not taken")
-    report.parameters = sum(math.prod(s) for s in parameter_shapes(config.model).values())
-    write_checkpoint(target, counted(entries, on_tensor), config)
-    report.bytes = size_on_disk(target)
-    return report
+    return write(target, entries, config, report, on_tensor)
 
 
 _WE_KNOW = "this program knows JiT in pixels (JiTTransformer2DModel and its .pth), see `mlx-sf models`"
@@ -245,10 +238,8 @@ def _assumed(
     tensors: Mapping[str, Any], config: Mapping[str, Any], scheduler: Mapping[str, Any]
 ) -> dict[str, tuple[Any, str]]:
     """What neither shapes nor JSON say, from published models: only where the network is said to be one of them."""
-    table = "table of known models"
     if _class(scheduler) == "FDLossFlowMatchScheduler":
-        one_step = {"method": "euler", "steps": 1, "cfg": 1.0, "noise_scale": 1.0}
-        return {name: (value, table) for name, value in one_step.items()}
+        return assumed({**ONE_STEP, "noise_scale": 1.0})
     image = next((config[n] for n in ("sample_size", "input_size", "image_size") if isinstance(config.get(n), int)), 0)
     name = _preset(config)
     if image < 1 or (name is not None and not _is_published(name)):
@@ -259,7 +250,7 @@ def _assumed(
     if block is not None and hidden is not None and len(block.shape) == 4:
         size = next((n for n, z in SIZES.items() if z.hidden_size == hidden.shape[0] and z.patches), "")
         found |= recommended(size, block.shape[2], image)
-    return {key: (value, table) for key, value in found.items()}
+    return assumed(found)
 
 
 def _class_names(index: Mapping[str, Any], config: Mapping[str, Any], count: int) -> tuple[str, ...]:
@@ -273,7 +264,7 @@ def _class_names(index: Mapping[str, Any], config: Mapping[str, Any], count: int
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > _MAX_JSON:
+        if path.stat().st_size > MAX_JSON:
             raise MlxSfError(f"{path}: is larger than any such file: take another copy")
         data = json.loads(path.read_text())
     except OSError as e:
