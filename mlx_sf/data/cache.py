@@ -1,7 +1,7 @@
 """Cropped pictures of a source, written once to a memory-mapped file."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,6 +22,7 @@ class CachedSource(NumberedSource):
         super().__init__()
         self.source, self.size, self.class_names = source, source.size, source.class_names
         side = "x".join(map(str, np.atleast_1d(square_or(source.size))))
+        self._captions = source.captions()  # of captioned pictures the file of labels holds numbers in this list
         self.path = Path(folder) / f"{source.fingerprint()}-{side}.npy"
         if not self.path.exists() or not self.path.with_suffix(".labels.npy").exists():
             self._build(workers or min(8, os.cpu_count() or 1))
@@ -38,12 +39,14 @@ class CachedSource(NumberedSource):
         try:
             images = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=(n, *self.size, 3))
             labels = np.full(n, -1, np.int32)  # -1: could not be read
+            numbers = {caption: i for i, caption in enumerate(self._captions)}
 
             def work(i: int) -> None:
                 try:
-                    images[i], labels[i] = self.source.load(i)
+                    images[i], label = self.source.load(i)
                 except BadPictureError:
                     return
+                labels[i] = numbers[label] if isinstance(label, str) else label
 
             with ThreadPoolExecutor(workers) as pool:
                 for _ in tqdm(pool.map(work, range(n)), total=n, desc="cache", unit="picture", mininterval=1):
@@ -62,7 +65,8 @@ class CachedSource(NumberedSource):
     def load(self, index: int) -> Picture:
         if self._labels[index] < 0:
             raise BadPictureError("could not be read when the cache was made")
-        return np.array(self._images[index]), int(self._labels[index])
+        label = int(self._labels[index])
+        return np.array(self._images[index]), self._captions[label] if self._captions else label
 
     def name(self, index: int) -> str:
         return self.source.name(index)
@@ -72,6 +76,15 @@ class CachedSource(NumberedSource):
 
     def fingerprint(self) -> str:
         return self.source.fingerprint()
+
+    def mirrors(self, label: int | str) -> bool:
+        return self.source.mirrors(label)
+
+    def captions(self) -> Sequence[str]:
+        return self._captions
+
+    def caption_notes(self) -> list[str]:
+        return self.source.caption_notes()
 
     def short_sides(self, seed: int, count: int) -> Iterator[int]:
         return self.source.short_sides(seed, count)

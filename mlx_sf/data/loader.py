@@ -1,5 +1,7 @@
 """Batches from a source: flips, parallel decoding, prefetch.
 
+A picture whose mirror image would have another label (a caption that says left or right) is never flipped.
+
 Everything random derives from (seed, epoch), so a run resumed at any step sees the very batches that it would have
 seen. Decoding runs in threads: Pillow releases the interpreter's lock while it decodes and resizes.
 """
@@ -106,7 +108,7 @@ class Loader:
         for load in batch[position:] + batch[:position]:
             try:
                 image, label = load()
-                return (image[:, ::-1] if flip else image), label
+                return (image[:, ::-1] if flip and self.source.mirrors(label) else image), label
             except BadPictureError:
                 continue  # the source has noted it in `bad`
         name, reason = next(iter(self.bad.items()))

@@ -1,8 +1,9 @@
 """Sources whose pictures have numbers: the order of an epoch, and what takes the place of an unreadable picture."""
 
 import hashlib
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -11,6 +12,7 @@ from ..errors import MlxSfError
 from .decode import BadPictureError
 
 Picture = tuple[np.ndarray, int | str]  # (H, W, 3) uint8, and a class label or a caption
+_SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
 _TRIES = 100  # neighbours tried in place of a bad picture before the data set is given up
 
 
@@ -35,6 +37,11 @@ def epoch_flips(length: int, count: int, seed: int, epoch: int) -> np.ndarray:
     for _ in range(-(-count // length)):
         rng.permutation(length)
     return rng.random(count) < 0.5
+
+
+def mirrors(label: int | str) -> bool:
+    """Whether a picture's mirror image has the same label: not where a caption says left or right."""
+    return not (isinstance(label, str) and _SIDES.search(label))
 
 
 class NumberedSource(ABC):
@@ -75,12 +82,24 @@ class NumberedSource(ABC):
     def fingerprint(self) -> str:
         """Identity as far as a resumed run can check it: names, labels and number, not pixels."""
         h = hashlib.sha256(repr((self.class_names, square_or(self.size), len(self))).encode())
-        h.update(self.listing().encode())
+        h.update(self.listing().encode(errors="surrogatepass"))  # a file's name may be no text
         return h.hexdigest()[:16]
 
     def listing(self) -> str:
         """What else tells this source's pictures from another's, in the fingerprint."""
         return ""
+
+    def mirrors(self, label: int | str) -> bool:
+        """Whether the mirror image of a picture with this label has the same label."""
+        return mirrors(label)
+
+    def captions(self) -> Sequence[str]:
+        """The distinct captions of a finite captioned source, in an order that stays; () of any other source."""
+        return ()
+
+    def caption_notes(self) -> list[str]:
+        """Lines for the user: how many captions were left out or are empty, with the first names."""
+        return []
 
     def short_side(self, index: int) -> int | None:
         """The stored picture's own shorter side in pixels; None where it is drawn at any size, or cannot be read."""

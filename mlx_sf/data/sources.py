@@ -1,12 +1,12 @@
-"""Where training pictures come from: an image folder, a Hugging Face data set, or the built-in scenes.
+"""Where training pictures come from: an image folder, a Hugging Face data set, tar files, or the built-in scenes.
 
 A source gives uint8 pictures of one size with labels, epoch by epoch; batches and flips are the loader's. Labels count
-from 0 in the order of `class_names`.
+from 0 in the order of `class_names`; of a captioned source they are captions (`captions`).
 """
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,20 +15,21 @@ import numpy as np
 
 from ..errors import MlxSfError, option
 from .cache import CachedSource
+from .captioned_scenes import CAPTIONED_SCENES, CaptionedSceneSource
+from .captions import CaptionedFolderSource
 from .decode import Decode, load_picture, short_side
-from .hub import DatasetSource, StreamSource
+from .hub import CaptionedDatasetSource, DatasetSource, StreamSource
 from .numbered import NumberedSource, Picture
+from .picture_files import found_only, list_pictures, skipped_note
 from .scenes import SCENE_CLASSES, SceneOptions, scene
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
-_UNREADABLE = (".heic", ".heif", ".raw", ".dng", ".cr2", ".nef", ".svg", ".psd")  # pictures, but not to Pillow
+from .webdataset import WebDatasetSource, shards
 
 
 class Source(Protocol):
     """What training needs of its pictures. `len` is the number of pictures in an epoch.
 
-    `size` is (height, width). `endless`: every epoch has new pictures. `bad` maps the name of each picture that could
-    not be read so far to the reason.
+    `size` is (height, width). `class_names` is () where labels are captions. `endless`: every epoch has new pictures.
+    `bad` maps the name of each picture that could not be read so far to the reason.
     """
 
     class_names: tuple[str, ...]
@@ -41,12 +42,21 @@ class Source(Protocol):
     def epoch(self, seed: int, epoch: int) -> Iterator[Callable[[], Picture]]:
         """The pictures of an epoch in its random order, at least `len` of them, each a function that loads it.
 
-        A picture is (H, W, 3) uint8 with its label. The functions are called from several threads at once; they raise
-        `BadPictureError` where a picture cannot be read and the source has no other in its place.
+        A picture is (H, W, 3) uint8 with its label, a class or a caption. The functions are called from several threads
+        at once; they raise `BadPictureError` where a picture cannot be read and the source has no other in its place.
         """
 
     def fingerprint(self) -> str:
         """Identity of the data as far as a resumed run can check it."""
+
+    def mirrors(self, label: int | str) -> bool:
+        """Whether the mirror image of a picture with this label has the same label."""
+
+    def captions(self) -> Sequence[str]:
+        """The distinct captions in an order that stays; () of streams, endless sources and sources with classes."""
+
+    def caption_notes(self) -> list[str]:
+        """Lines for the user: how many captions were left out or are empty, with the first names."""
 
     def short_sides(self, seed: int, count: int) -> Iterator[int]:
         """The stored pictures' own shorter sides in pixels, of at most `count` pictures in random order."""
@@ -100,8 +110,8 @@ class FolderSource(NumberedSource):
             self.root = self.root / "train"
         folders = sorted(e.name for e in os.scandir(self.root) if e.is_dir() and not e.name.startswith("."))
         skipped: Counter[str] = Counter()
-        here = _pictures(self.root, skipped, recursive=False)
-        per_class = {name: _pictures(self.root / name, skipped) for name in folders}
+        here = list_pictures(self.root, skipped, recursive=False)
+        per_class = {name: list_pictures(self.root / name, skipped) for name in folders}
         if here and any(per_class.values()):
             raise MlxSfError(
                 f"{self.root}: has {len(here)} pictures beside class folders ({folders[0]}, ...): "
@@ -111,11 +121,7 @@ class FolderSource(NumberedSource):
         groups = [here] if here else list(per_class.values())
         self.skipped = dict(skipped)
         if not any(groups):
-            note = "; found only " + ", ".join(f"{n} {e}" for e, n in skipped.items()) if skipped else ""
-            raise MlxSfError(
-                f"{self.root}: no picture in this folder or its class folders{note}: "
-                f"want files ending in {', '.join(EXTENSIONS)}"
-            )
+            raise MlxSfError(f"{self.root}: no picture in this folder or its class folders{found_only(skipped)}")
         for name, group in zip(self.class_names, groups, strict=True):
             if not group:
                 raise MlxSfError(f"{self.root / name}: a class folder without a picture: fill it or remove it")
@@ -139,26 +145,8 @@ class FolderSource(NumberedSource):
         return str(self._files[index])
 
     def describe(self) -> str:
-        skipped = "".join(f", {n} {e} files skipped (convert them to JPEG or PNG)" for e, n in self.skipped.items())
-        return f"{self.root}: {len(self)} pictures, {len(self.class_names)} class(es){skipped}"
-
-
-def _pictures(folder: Path, skipped: Counter[str], recursive: bool = True) -> list[Path]:
-    found = []
-    for root, directories, files in sorted(os.walk(folder, followlinks=True)):
-        if not recursive:
-            directories.clear()
-            if Path(root) != folder:
-                continue
-        for file in sorted(files):
-            extension = os.path.splitext(file)[1].lower()
-            if file.startswith("."):  # .DS_Store, and AppleDouble's ._picture.jpg
-                continue
-            if extension in EXTENSIONS:
-                found.append(Path(root) / file)
-            elif extension in _UNREADABLE:
-                skipped[extension] += 1
-    return found
+        counts = f"{len(self)} pictures, {len(self.class_names)} class(es)"
+        return f"{self.root}: {counts}{skipped_note(self.skipped)}"
 
 
 @dataclass(frozen=True)
@@ -166,10 +154,14 @@ class DataOptions:
     """Which pictures. An empty text or 0 stands for what the data set says of itself.
 
     Args:
-        data: "" for the built-in scenes; a folder of pictures, a saved data set, a .parquet or .arrow file, a Hub name.
-        split, image_column, label_column: of a data set. streaming: read it as a stream.
+        data: "" for the built-in scenes, "captioned-scenes" for those with captions; a folder of pictures, a saved data
+            set, a .parquet or .arrow file, a Hub name; with captions also a .tar file or a folder of them.
+        split, image_column, label_column: of a data set. Captioned scenes have the splits train, seen and unseen.
+        streaming: read a data set as a stream.
         epoch_size: pictures in an epoch, of scenes (0: 2560) or a stream. num_classes: of a stream that does not say.
         decode: what is done with orientation and transparency. cache: folder for the cropped pictures, "" for none.
+        captions: labels are captions, which the data must have. Captioned scenes always give them.
+        caption_column: the column of captions, which then need not be asked for.
     """
 
     data: str = ""
@@ -181,17 +173,24 @@ class DataOptions:
     num_classes: int = 0
     decode: Decode = "upright"
     cache: str = ""
+    captions: bool = False
+    caption_column: str = ""
 
     def open(self, size: tuple[int, int], seed: int = 0) -> Source:
         """The source, its pictures cropped to `size`. `seed` chooses among endless data. Raises `MlxSfError`."""
-        if self.data and self.streaming:
+        captioned = self.captions or bool(self.caption_column)
+        if self.streaming and self.data not in ("", CAPTIONED_SCENES):
             stream = StreamSource(
                 self.data, size, self.epoch_size, self.decode, self.split, self.image_column, self.label_column,
-                self.num_classes,
+                self.num_classes, captioned, self.caption_column,
             )  # fmt: skip
             return stream if not self.cache else _not_cacheable()
         source: NumberedSource
-        if not self.data:
+        if self.data == CAPTIONED_SCENES:
+            source = CaptionedSceneSource(size, self.epoch_size or 2560, seed, self.split)
+        elif captioned:
+            source = self._open_captioned(size)
+        elif not self.data:
             source = SceneSource(size, self.epoch_size or 2560, seed)
         elif _is_picture_folder(self.data):
             source = FolderSource(Path(self.data).expanduser(), size, self.decode)
@@ -200,6 +199,17 @@ class DataOptions:
         if not self.cache:
             return source
         return CachedSource(source, self.cache) if source.cacheable else _not_cacheable()
+
+    def _open_captioned(self, size: tuple[int, int]) -> NumberedSource:
+        if not self.data:
+            want = f"{CAPTIONED_SCENES!r}, or pictures with captions"
+            raise MlxSfError(f"{option('data')}: the built-in scenes have classes and no captions, want {want}")
+        path = Path(self.data).expanduser()
+        if shards(path):
+            return WebDatasetSource(path, size, self.decode, self.caption_column)
+        if _is_picture_folder(self.data):
+            return CaptionedFolderSource(path, size, self.decode, self.caption_column)
+        return CaptionedDatasetSource(self.data, size, self.decode, self.split, self.image_column, self.caption_column)
 
 
 def _not_cacheable() -> Source:
@@ -218,16 +228,18 @@ def open_source(
     epoch_size: int | None = None,
     num_classes: int | None = None,
     cache: str | None = None,
+    captions: bool = False,
+    caption_column: str | None = None,
     seed: int = 0,
 ) -> Source:
     """The source that `data` names: None for the scenes, a folder, a saved data set or parquet, else a Hub name.
 
-    Its pictures are cropped to `img_size`, a side in pixels or (height, width).
+    Its pictures are cropped to `img_size`, a side in pixels or (height, width). `DataOptions` says what the rest is.
     """
     size = (img_size, img_size) if isinstance(img_size, int) else img_size
     return DataOptions(
         data or "", split, image_column or "", label_column or "", streaming, epoch_size or 0, num_classes or 0,
-        decode, cache or "",
+        decode, cache or "", captions, caption_column or "",
     ).open(size, seed)  # fmt: skip
 
 
