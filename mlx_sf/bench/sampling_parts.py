@@ -48,8 +48,8 @@ def sampling_parts(c: JiTConfig, batch: int, dtype: mx.Dtype, compiled: bool) ->
 
     def whole() -> mx.array:
         shift = 1e-6 * next(count)  # another time at each call, as in a run: adaLN vectors are computed anew
-        v = field(noise, _T + shift, _CFG)
-        return noise + 0.02 * 0.5 * (v + field(noise + 0.02 * v, _T + 0.02 + shift, _CFG))
+        v = field(noise, _T + shift, _CFG, 0.02)
+        return noise + 0.02 * 0.5 * (v + field(noise + 0.02 * v, _T + 0.02 + shift, _CFG, 0.02))
 
     def guidance() -> mx.array:
         z = noise

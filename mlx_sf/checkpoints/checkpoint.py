@@ -6,6 +6,7 @@ The containers are those of `formats`.
 """
 
 import dataclasses
+import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ import numpy as np
 from ..errors import MlxSfError
 from ..formats.shards import SHARD_BYTES, open_tensors, write_tensors
 from ..formats.tensor_file import Entry
-from ..models import Architecture, architecture, parameter_shapes
+from ..models import Architecture, Shapes, architecture, parameter_shapes
 from ..models.quantize import FLOATS, stored
 from .config import Config
 
@@ -80,8 +81,11 @@ class Checkpoint:
 
     def _check_sizes(self) -> None:
         """A configuration of absurd size is refused before a network is made of it."""
-        entries, first = self.file.entries, self.config.weights[0]
+        entries, first, adapter = self.file.entries, self.config.weights[0], self.config.adapter
         sizes = self.kind.landmarks(self.config.model)
+        if adapter is not None:
+            known = [t for t in adapter.lora.targets if f"{t}.weight" in sizes]
+            sizes = dataclasses.replace(adapter.lora, targets=tuple(known)).shapes(sizes) if known else {}
         wanted = [stand_in for key, shape in sizes.items() for stand_in in self._stored(key, shape).items()]
         for key, (_, shape) in wanted:
             e = entries.get(stored_name(self.config, first, key))
@@ -93,11 +97,27 @@ class Checkpoint:
     def _stored(self, key: str, shape: tuple[int, ...]) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
         return stored(key, shape, self.config.quantization, self.kind)
 
+    def shapes(self) -> Shapes:
+        """Name and shape of every tensor of a weight set: of the network, or of the adapter that it holds instead."""
+        shapes, adapter = parameter_shapes(self.config.model), self.config.adapter
+        return shapes if adapter is None else adapter.lora.shapes(shapes)
+
+    def fingerprint(self, weights: str | None = None) -> str:
+        """What tells a weight set from others: a digest of its landmarks, which any training moves."""
+        digest = hashlib.sha256()
+        for key, shape in self.kind.landmarks(self.config.model).items():
+            for part in self._stored(key, shape):
+                digest.update(self.file.entries[stored_name(self.config, self.pick(weights), part)].read().tobytes())
+        return digest.hexdigest()[:16]
+
     def pick(self, weights: str | None = None) -> str:
-        """Name of the weight set to use: the one asked for, else "ema1", else the first."""
+        """Name of the weight set to use: the one asked for, else "ema1" of a network, else the first.
+
+        An adapter's run is too short for averages, which still hold much of its start.
+        """
         have = self.config.weights
         if weights is None:
-            return "ema1" if "ema1" in have else have[0]
+            return "ema1" if "ema1" in have and self.config.adapter is None else have[0]
         if weights not in have:
             listed = ", ".join(have)
             raise MlxSfError(f"{self.path}: holds weights {listed}, not {weights!r}: choose one or convert again")
@@ -110,6 +130,11 @@ class Checkpoint:
                 f"{self.path}: holds {q.bits}-bit weights, which cannot be trained, exported or quantised again: "
                 "take the float checkpoint they were made from"
             )
+
+    def require_network(self) -> None:
+        """Refuse an adapter alone."""
+        if self.config.adapter is not None:
+            raise MlxSfError(f"{self.path}: is an adapter, want a whole network: merge it first with `mlx-sf export`")
 
     def weights(self, weights: str | None = None) -> dict[str, mx.array]:
         """One weight set of floats, checked against the configuration: every tensor, its shape, finite values."""
@@ -124,7 +149,7 @@ class Checkpoint:
         """`tensors` one after another: none but the last need stay in memory."""
         name = self.pick(weights)
         shapes: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {}
-        for key, shape in parameter_shapes(self.config.model).items():
+        for key, shape in self.shapes().items():
             shapes |= self._stored(key, shape)
         known = {stored_name(self.config, s, k) for s in self.config.weights for k in shapes}
         for key in self.file.entries:

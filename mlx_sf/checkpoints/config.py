@@ -8,12 +8,14 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from ..common.fields import from_mapping, require
+from ..common.fields import check_types, from_mapping, require
 from ..errors import MlxSfError
 from ..flow import FlowConfig
 from ..models import architecture
+from ..models.lora import LoRAConfig
 from ..models.quantize import QuantizationConfig
 from ..sampling.solvers import SampleConfig
 
@@ -22,12 +24,39 @@ VERSION = 2
 
 
 @dataclass(frozen=True)
+class AdapterInfo:
+    """The adapter that a checkpoint holds instead of a network's weights, and the weights that it belongs to.
+
+    `base` names their checkpoint, `weights` the set in it; `fingerprint` (`Checkpoint.fingerprint`) tells them from
+    others.
+    """
+
+    lora: LoRAConfig
+    base: str
+    weights: str
+    fingerprint: str
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+    def __str__(self) -> str:
+        return f"{self.lora}, of {self.base} ({self.weights})"
+
+    @property
+    def base_name(self) -> str:
+        """`base` without the folders that it lies in on this machine."""
+        path = Path(self.base)
+        return path.name if path.is_absolute() else self.base
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything a checkpoint says about itself.
 
     `model` is the configuration of a network of `models.ARCHITECTURES`. `weights` names the weight sets in the file
     ("model", "ema1", "ema2"); `class_names` may be empty; `provenance` is free text for people: where the weights came
-    from. `quantization` is None where all weights are floats. Raises `FieldError` where the parts do not fit together.
+    from. `quantization` is None where all weights are floats, `adapter` where they are a whole network's. Raises
+    `FieldError` where the parts do not fit together.
     """
 
     model: Any
@@ -38,6 +67,7 @@ class Config:
     class_names: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
     quantization: QuantizationConfig | None = None
+    adapter: AdapterInfo | None = None
 
     def __post_init__(self) -> None:
         want, channels = 6 if self.flow.pred_param == "hybrid" else 3, self.model.out_channels
@@ -49,13 +79,15 @@ class Config:
         require(n in (0, k), "class_names", f"{n} names", f"{k} or none")
         if self.quantization is not None:
             self.quantization.check(architecture(self.model))
+            require(self.adapter is None, "quantization", self.quantization, "none of an adapter")
 
     def to_json(self) -> str:
         """The text that `from_json` reads, version 2."""
         data = {"format": FORMAT, "version": VERSION, "architecture": self.model.architecture}
         data |= dataclasses.asdict(self)
-        if self.quantization is None:
-            del data["quantization"]
+        for part in ("quantization", "adapter"):
+            if data[part] is None:
+                del data[part]
         return json.dumps(data, indent=1)
 
     @classmethod

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import MlxSfError, option
 from ..models.quantize import QuantizationConfig
-from .convert.jit_settings import Report
+from .convert.report import Report
 from .export import quantize_checkpoint
 from .resolve import convert_found, locate
 

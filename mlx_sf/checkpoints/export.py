@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,7 +14,9 @@ from ..errors import MlxSfError
 from ..formats.shards import check_target
 from ..formats.tensor_file import Entry, bits_of
 from ..models import cast_products, parameter_shapes
+from ..models.lora import merge
 from ..models.quantize import FLOATS, QuantizationConfig, is_quantized, quantized_entries
+from .adapters import read_adapters, whole_weights
 from .checkpoint import Checkpoint, counted, save_checkpoint, stored_name, write_checkpoint
 from .config import Config
 from .resolve import resolve
@@ -34,11 +36,13 @@ def quantize_checkpoint(
     (default: as in `source`). `on_tensor(done, total)` is called after each tensor. Returns the new configuration.
     """
     checkpoint = Checkpoint(resolve(source))
+    checkpoint.require_network()
     checkpoint.require_floats()
     checkpoint.file.verify()
     check_target(target)
     if Path(target).exists() and Path(target).samefile(checkpoint.path):
         raise MlxSfError(f"{target}: is the file to convert: choose another name for the result")
+    q = q.of(checkpoint.kind)
     chosen = [checkpoint.pick(w) for w in weights] if weights else [checkpoint.pick()]
     shapes, kind = parameter_shapes(checkpoint.config.model), checkpoint.kind
     made = {"quantized_from": checkpoint.path.name, "quantized_by": f"mlx-sf {__version__}"}
@@ -71,14 +75,30 @@ def _float_entry(
     return Entry(key, held, shape, read)
 
 
-def export(source: str, target: str, weights: str | None, dtype: str, cfg: float | None = None) -> int:
+def export(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    weights: str | None,
+    dtype: str,
+    cfg: float | None = None,
+    lora_paths: Sequence[str | os.PathLike[str]] = (),
+    lora_scales: Sequence[float] = (),
+) -> int:
     """Write one weight set of `source` to `target`, the large matrices in `dtype`; returns the number of parameters.
 
-    The configuration, class names included, goes along; optimiser state and the other sets stay behind.
+    The configuration, class names included, goes along; optimiser state and the other sets stay behind. An adapter is
+    worked into the network that it belongs to, and so are those of `lora_paths`, multiplied by `lora_scales`.
     """
     checkpoint = Checkpoint(resolve(source))
     name, config = checkpoint.pick(weights), checkpoint.config
-    tensors = cast_products(checkpoint.weights(name), DTYPES[dtype], checkpoint.kind)
+    floats, made = whole_weights(checkpoint, name), dict(config.provenance)
+    if config.adapter is not None:
+        made |= {"adapter": str(config.adapter.lora), "base": config.adapter.base_name}
+    for adapter in read_adapters(lora_paths, lora_scales, config.model):
+        floats = merge(floats, adapter.lora, adapter.tensors, adapter.scale)
+        made["adapters"] = [*made.get("adapters", []), str(adapter)]
+    config = dataclasses.replace(config, adapter=None, provenance=made)
+    tensors = cast_products(floats, DTYPES[dtype], checkpoint.kind)
     for key, w in tensors.items():
         if not mx.all(mx.isfinite(w)).item():
             raise MlxSfError(f"{checkpoint.path}: tensor {key!r} does not fit {dtype}: use bfloat16 or float32")

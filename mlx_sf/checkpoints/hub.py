@@ -7,20 +7,20 @@ import contextlib
 import errno
 import glob
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..common.files import sha256
+from ..common.files import MAX_JSON, sha256
 from ..common.progress import tell
 from ..common.text import first_line
 from ..errors import MlxSfError
+from ..formats.orbax import ORBAX_MANIFEST
 from .names import HubName
 
 WEIGHTS = (".safetensors", ".npz", ".pth")
-COMPONENTS = ("transformer", "generator")  # folders that hold the network inside a model's folder
-MAX_JSON = 16 << 20
+COMPONENTS = ("transformer", "generator", "checkpoint")  # folders that hold the network inside a model's folder
 _INDEX = ".safetensors.index.json"
 _DESCRIPTIONS = ("config.json", "model_index.json", "scheduler_config.json")
 
@@ -38,10 +38,13 @@ class Listing:
     def models(self) -> dict[str, list[str]]:
         """Model -> its files: a folder of weights (around its component), or a file that is one of several."""
         folders: dict[str, list[str]] = {}
+        found: dict[str, list[str]] = {}
         for path in self.sizes:
             if path.endswith(WEIGHTS) and within(path, self.name.path):
                 folders.setdefault(str(PurePosixPath(path).parent), []).append(path)
-        found: dict[str, list[str]] = {}
+            elif _is_orbax(path) and within(path, self.name.path):
+                folder = str(PurePosixPath(path).parent).removesuffix(".")
+                found[_model_folder(folder)] = [path, *(p for p in self.sizes if within(p, folder) and p != path)]
         for folder, weights in folders.items():
             index = [p for p in self.sizes if str(PurePosixPath(p).parent) == folder and p.endswith(_INDEX)]
             sharded = [w for w in weights if "-of-" in PurePosixPath(w).name]
@@ -71,6 +74,12 @@ class Fetched:
 def within(path: str, place: str) -> bool:
     """Whether a path is `place`, or inside it; "" is everywhere."""
     return place in ("", path) or path.startswith(place + "/")
+
+
+def _is_orbax(path: str) -> bool:
+    """Whether a file marks an Orbax folder; those of single processes are parts of one."""
+    parts = PurePosixPath(path).parts
+    return parts[-1] == ORBAX_MANIFEST and not any(p.startswith("ocdbt.process_") for p in parts)
 
 
 def variants(weights: list[str]) -> list[str]:
@@ -111,15 +120,15 @@ def listing(name: HubName) -> Listing:
     return _told(ask, name, lambda reason: _cached_listing(name, reason))
 
 
-def fetch(name: HubName) -> Fetched:
-    """Fetch the one model that a name means; only its weights and the JSON beside them.
+def fetch(name: HubName, also: Sequence[str] = ()) -> Fetched:
+    """Fetch the one model that a name means; only its weights and the JSON beside them, `also` by their names.
 
     `MlxSfError` where the name means none or several, what is there is no network of ours, the Hub refuses, or the
     disk is too small; a file whose SHA-256 is not the Hub's is removed again.
     """
     found = listing(name)
     model, files = choose(found)
-    wanted = [*files, *_described_by(found, model)]
+    wanted = [*files, *_described_by(found, model, also)]
     weights = next((f for f in files if f.endswith(_INDEX)), files[0])
     where = HubName(name.repo, model, name.revision)
     if found.local is not None:
@@ -167,13 +176,13 @@ def choose(found: Listing) -> tuple[str, list[str]]:
     raise MlxSfError(f"{name}: holds no weights that this program reads ({' '.join(WEIGHTS)}), found {told}")
 
 
-def _described_by(found: Listing, model: str) -> list[str]:
+def _described_by(found: Listing, model: str, also: Sequence[str] = ()) -> list[str]:
     """The JSON that says what a model is: beside its weights, and one folder around them."""
     places = {model, *(f"{model}/{c}".strip("/") for c in (*COMPONENTS, "scheduler"))}
     if found.sizes.get(model) is not None:  # a file: its own folder, and around that if it is a component's
         folder = str(PurePosixPath(model).parent).removesuffix(".")
         places = {folder, _model_folder(folder), f"{_model_folder(folder)}/scheduler".strip("/")}
-    wanted = {f"{place}/{n}".strip("/") for place in places for n in _DESCRIPTIONS}
+    wanted = {f"{place}/{n}".strip("/") for place in places for n in (*_DESCRIPTIONS, *also)}
     return sorted(p for p in wanted if p in found.sizes and found.sizes[p] < MAX_JSON)
 
 

@@ -12,8 +12,10 @@ from mlx.utils import tree_flatten
 from ..errors import MlxSfError, option
 from ..flow import velocity
 from ..models import build, cast_products, parameter_count, parameter_shapes
+from ..models.lora import add_adapter
 from ..models.quantize import dequantized, quantize_layers
 from ..sampling.noise import seeded_noise
+from .adapters import open_base
 from .checkpoint import Checkpoint
 from .config import Config
 from .resolve import resolve
@@ -37,12 +39,17 @@ def load_model(
     """The network of a checkpoint (opened, or a path, run folder or Hugging Face repo id) and its configuration.
 
     `weights` picks a set ("model", "ema1", "ema2"; default ema1 where there is one); the configuration returned names
-    just that one. Weights are float32, or with `dtype` the matrix products run in it (`models.cast_products`).
-    Quantised weights stay so, unless `dequantize` expands them to floats, as the configuration returned then says.
+    just that one. An adapter comes with the network that it belongs to. Weights are float32, or with `dtype` the matrix
+    products run in it (`models.cast_products`). Quantised weights stay so, unless `dequantize` expands them to floats,
+    as the configuration returned then says.
     """
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(resolve(source))
     name, kind = checkpoint.pick(weights), checkpoint.kind
     config = dataclasses.replace(checkpoint.config, weights=(name,))
+    if (adapter := config.adapter) is not None:
+        model = load_model(open_base(adapter, checkpoint.path), adapter.weights, dtype)[0]
+        add_adapter(model, adapter.lora, checkpoint.weights(name))
+        return model, config
     model, stream = build(config.model), checkpoint.stream(name)
     if config.quantization is not None and dequantize:
         stream = dequantized(stream, parameter_shapes(config.model), config.quantization, kind)
@@ -65,13 +72,13 @@ def verify_checkpoint(path: str | os.PathLike[str]) -> dict[str, str]:
     for name in Checkpoint(resolve(path)).config.weights:
         model, config = load_model(path, name)
         leaves: Any = tree_flatten(model.parameters())
-        # of quantised weights every tensor was there, too: `load_model` is strict
+        # of quantised weights and adapters every tensor was there, too: `load_model` is strict
         want = parameter_count(config.model)
-        count = want if config.quantization is not None else sum(math.prod(v.shape) for _, v in leaves)
+        count = want if config.quantization or config.adapter else sum(math.prod(v.shape) for _, v in leaves)
         if count != want:
             raise MlxSfError(f"{path}: weights {name!r} are {count:,} numbers, its configuration wants {want:,}")
         z = config.flow.noise_scale * seeded_noise([0, 1], config.model.size)
-        t, condition = mx.array([0.0, 0.5]), model.condition([0 if config.model.num_classes else "", None])
+        t, condition = mx.array([0.0, 0.5]), model.condition([0 if config.model.num_classes else None, None])
         v = velocity(model(z, t, condition), z, t, config.flow)
         if not mx.all(mx.isfinite(v)).item():
             raise MlxSfError(f"{path}: weights {name!r} do not run: their velocity is not finite")

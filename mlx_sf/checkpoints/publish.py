@@ -69,6 +69,7 @@ def write_repository(
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise MlxSfError(f"{folder}: is there already, want a new folder for the repository")
+    checkpoint.require_network()
     name = checkpoint.pick(weights)
     told = {k: _bare(v) for k, v in checkpoint.config.provenance.items() if k in _PUBLIC}
     config = dataclasses.replace(checkpoint.config, weights=(name,), provenance=told)

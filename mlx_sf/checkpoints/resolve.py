@@ -13,14 +13,15 @@ from .. import __version__
 from ..common.files import cache_folder
 from ..common.progress import Progress, tell
 from ..errors import MlxSfError, option
+from ..formats.orbax import ORBAX_MANIFEST, orbax_folder
 from ..formats.shards import index_of
 from ..formats.tensor_file import SUFFIXES, TensorFile
 from ..models.quantize import QuantizationConfig
 from . import hub
 from .checkpoint import step_files
-from .convert import diffusers, jit
-from .convert.jit_settings import Report
-from .known import Known, assumed, at, by_name
+from .convert import diffusers, jit, minit2i
+from .convert.report import Report
+from .known import Known, assumed, at, by_name, default_in
 from .names import HubName, parse
 
 TORCH_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
@@ -34,7 +35,7 @@ class Found:
     """
 
     path: Path
-    kind: Literal["own", "torch", "diffusers"]
+    kind: Literal["own", "torch", "diffusers", "orbax"]
     where: str
     folder: diffusers.Folder | None = None
     known: Known | None = None
@@ -47,6 +48,8 @@ class Found:
 
     def files(self) -> list[Path]:
         """What a conversion reads."""
+        if self.kind == "orbax":
+            return sorted(p for p in self.path.rglob("*") if p.is_file())
         return [self.path] if self.folder is None else list(self.folder.files())
 
 
@@ -75,6 +78,9 @@ def locate(path: str | os.PathLike[str]) -> Found:
     known = by_name(str(path))
     if known:
         tell(f"{path}: {name}")
+    elif not name.path and (known := default_in(name.repo)):
+        tell(f"{path}: holds several models, taking {known.path}: name another as {name.repo}/FOLDER")
+        name = replace(name, path=known.path)
     fetched = hub.fetch(name)
     origin = {"repo": str(HubName(fetched.name.repo, fetched.name.path)), "commit": fetched.commit}
     known = known or at(fetched.name.repo, fetched.name.path)
@@ -108,6 +114,8 @@ def _at(p: Path, where: str) -> Found:
         return _in_folder(p, where)
     if p.suffix in TORCH_SUFFIXES:
         return Found(p, "torch", where)
+    if p.name == ORBAX_MANIFEST:
+        return Found(p.parent, "orbax", where)
     if _is_foreign(p):
         return Found(p, "diffusers", where, diffusers.find(p))
     return Found(p, "own", where)
@@ -129,16 +137,24 @@ def _in_folder(p: Path, where: str) -> Found:
         return Found(steps[-1][1], "own", where)
     if (index := index_of(p)) is not None:
         return _at(index, where)
+    if (p / "adapter_config.json").is_file():
+        raise MlxSfError(f"{where}: is an adapter: name its model, and the adapter with {option('lora_paths')}")
+    if (orbax := orbax_folder(p)) is not None:
+        return Found(orbax, "orbax", where)
     if (folder := diffusers.find(p)) is not None:
         return Found(folder.weights, "diffusers", where, folder)
     several = [c.name for c in sorted(p.iterdir()) if c.is_dir() and diffusers.find(c) is not None]
+    if (known := minit2i.default_folder(p)) in several:
+        if len(several) > 1:
+            tell(f"{where}: holds {len(several)} models, taking {known}: name another's folder")
+        several = [known]
     if len(several) == 1:
         return _in_folder(p / several[0], f"{where}/{several[0]}")
     if several:
         told = ", ".join(several[:12])
         raise MlxSfError(f"{where}: holds {len(several)} models, want one of {told}: name its folder")
     found = sorted(f for f in p.rglob("*") if f.suffix in SUFFIXES)
-    torch = sorted(f for f in p.rglob("*.pth"))
+    torch = sorted(f for f in p.rglob("*") if f.suffix in (".pth", ".pt"))
     if not found and len(torch) == 1:
         return Found(torch[0], "torch", where)
     if len(found) != 1:
@@ -184,7 +200,12 @@ def convert_found(
     quantization: QuantizationConfig | None = None,
     weights: Sequence[str] | None = None,
 ) -> Report:
-    """Convert what was found, by its layout; `weights` choose among the sets of a `.pth`."""
+    """Convert what was found, by its network and layout; `weights` choose among the sets of a `.pth`."""
+    if found.kind == "orbax" or minit2i.is_minit2i(found.path, found.folder):
+        return minit2i.convert(
+            found.path, found.folder, target, weights, dtype, settings, on_tensor, quantization, found.where,
+            found.origin, found.assumed,
+        )  # fmt: skip
     if found.folder is not None:
         if weights and list(weights) != ["model"]:
             raise MlxSfError(f"{found.where}: holds one weight set: leave out {option('weights')}")

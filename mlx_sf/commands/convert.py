@@ -8,7 +8,9 @@ import click
 
 from ..checkpoints.checkpoint import size_on_disk
 from ..checkpoints.conversion import convert
-from ..checkpoints.convert.jit_settings import FLAG_TYPES, PUBLISHED_SCHEDULES, Report
+from ..checkpoints.convert import minit2i
+from ..checkpoints.convert.jit_settings import FLAG_TYPES, PUBLISHED_SCHEDULES
+from ..checkpoints.convert.report import Report
 from ..checkpoints.load import verify_checkpoint
 from ..common.progress import Progress
 from ..errors import MlxSfError
@@ -50,8 +52,18 @@ _HELP = {
 }
 
 
+# settings of text to image, for an Orbax folder, which says neither
+_TEXT_HELP = {
+    "text_length": "Number of text places.",
+    "text_encoder": "Text encoder that the network reads, a name on the Hugging Face Hub.",
+}
+
+
 def _config_flags(function: Callable[..., Any]) -> Callable[..., Any]:
     """One option per setting, all unset by default: they only fill in what the file does not say."""
+    for name, text in reversed(_TEXT_HELP.items()):
+        flag = "--" + name.replace("_", "-")
+        function = click.option(flag, name, type=minit2i.SETTINGS[name], default=None, help=text)(function)
     for name, kind in reversed(FLAG_TYPES.items()):
         flag = name.lower().replace("_", "-")
         if kind is bool:
@@ -107,10 +119,10 @@ def command(
     offline: bool,
     **fields: Any,
 ) -> None:
-    """Turn SOURCE, a JiT checkpoint, into TARGET, an .npz or .safetensors file with its configuration.
+    """Turn SOURCE, a JiT or MiniT2I checkpoint, into TARGET, an .npz or .safetensors file with its configuration.
 
-    SOURCE is a PyTorch checkpoint (.pth), a folder in a diffusers layout, a name of `mlx-sf models`, or a place on the
-    Hugging Face Hub, org/name/folder.
+    SOURCE is a PyTorch checkpoint (.pth, .pt), a folder in a diffusers layout, an Orbax folder of JAX, a name of
+    `mlx-sf models`, or a place on the Hugging Face Hub, org/name/folder.
 
     A TARGET without suffix becomes a folder of .safetensors shards with an index.
 
@@ -124,7 +136,7 @@ def command(
     quantised. The result draws pictures and can be evaluated; it cannot be trained or exported.
     """
     go_offline(offline)
-    names = {name.lower(): name for name in FLAG_TYPES}
+    names = {name.lower(): name for name in (*FLAG_TYPES, *_TEXT_HELP)}
     settings = {names[k]: v for k, v in fields.items() if v is not None}
     if q_group_size is not None and quantize is None:
         raise click.UsageError("--q-group-size: goes with --quantize 8 or 4")
@@ -160,11 +172,13 @@ def command(
 def _print(source: str, report: Report) -> None:
     c = report.config
     m = c.model
+    text = getattr(m, "text", None)
+    reads = f"{m.num_classes} classes" if text is None else f"text places {text.length} of {text.width}"
     kind = "vanilla" if m.forcing is None else "forced"
     click.echo(f"{source}: {report.layout} layout, weights {', '.join(c.weights)}")
     click.echo(
         f"  {c.name}, {kind}: {m.img_size} px, patch {m.patch_size}, depth {m.depth}, width {m.hidden_size}, "
-        f"{m.num_heads} heads, {m.num_classes} classes, {report.parameters:,} parameters"
+        f"{m.num_heads} heads, {reads}, {report.parameters:,} parameters"
     )
     for origin, settings in report.origin.items():
         label = _LABELS.get(origin, f"from the {origin}")

@@ -9,7 +9,7 @@ from ..device.defaults import DTYPES
 @click.command(short_help="Write one weight set of a run as a small file to share.")
 @click.argument("source", type=click.Path())
 @click.argument("target", type=click.Path())
-@click.option("--weights", help="Weight set: model, ema1 or ema2. [default: ema1]")
+@click.option("--weights", help="Weight set: model, ema1 or ema2. [default: ema1; model of an adapter]")
 @click.option(
     "--dtype",
     type=click.Choice(list(DTYPES)),
@@ -17,8 +17,31 @@ from ..device.defaults import DTYPES
     show_default=True,
     help="Type of the large matrices.",
 )
+@click.option(
+    "--lora-paths",
+    multiple=True,
+    metavar="DIR|ID",
+    help="A low-rank adapter to work in: a folder, or a name on the Hugging Face Hub; may be given several times.",
+)
+@click.option(
+    "--lora-scales",
+    type=float,
+    multiple=True,
+    help="What an adapter is multiplied by, in the order of --lora-paths; may be given several times. [default: 1]",
+)
 @click.option("--cfg", type=float, help="Guidance scale that sampling takes by default. [default: as in SOURCE]")
-def command(source: str, target: str, weights: str | None, dtype: str, cfg: float | None) -> None:
-    """Write one weight set of SOURCE, a run's folder or a checkpoint, to TARGET (.safetensors or .npz)."""
-    count = export(source, target, weights, dtype, cfg)
+def command(
+    source: str,
+    target: str,
+    weights: str | None,
+    dtype: str,
+    lora_paths: tuple[str, ...],
+    lora_scales: tuple[float, ...],
+    cfg: float | None,
+) -> None:
+    """Write one weight set of SOURCE, a run's folder or a checkpoint, to TARGET (.safetensors or .npz).
+
+    Of a run with --lora it is the whole network, the adapter worked in.
+    """
+    count = export(source, target, weights, dtype, cfg, lora_paths, lora_scales)
     click.echo(f"{target}: {count:,} parameters, {dtype}")

@@ -9,12 +9,16 @@ from typing import Any
 import click
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.convert import minit2i
 from ..checkpoints.hub import cached, listing
 from ..checkpoints.names import HubName
 from ..checkpoints.resolve import hub_name, resolve
+from ..checkpoints.text_encoder import find_encoder
 from ..errors import MlxSfError
+from ..formats.orbax import OrbaxFile, orbax_folder
 from ..models import parameter_count
 from ..models.quantize import describe
+from ..models.t5 import T5Config
 from .options import go_offline, offline_option
 
 _TORCH_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
@@ -44,6 +48,10 @@ def command(path: str | None, as_json: bool, offline: bool) -> None:
         facts = _torch_facts(path)
     elif (place := hub_name(path)) is not None:
         facts = _hub_facts(place)
+    elif (folder := orbax_folder(Path(path).expanduser())) is not None:
+        facts = _orbax_facts(folder)
+    elif (Path(path) / "config.json").is_file() and (Path(path) / "tokenizer.json").is_file():
+        facts = _encoder_facts(path)
     else:
         facts = _checkpoint_facts(path)
     if as_json:
@@ -68,6 +76,7 @@ def _checkpoint_facts(path: str) -> dict[str, Any]:
         "weights": ", ".join(c.weights),
         "parameters": f"{parameter_count(c.model):,} ({', '.join(dtypes)})",
         **({"quantised": describe(c.quantization)} if c.quantization else {}),
+        **({"adapter": str(c.adapter)} if c.adapter else {}),
         "network": model,
         **({"forcing": forcing} if forcing else {}),
         "flow": flow,
@@ -75,6 +84,25 @@ def _checkpoint_facts(path: str) -> dict[str, Any]:
         **({"classes": ", ".join(c.class_names)} if c.class_names else {}),
         **({"provenance": dict(c.provenance)} if c.provenance else {}),
     }
+
+
+def _orbax_facts(folder: Path) -> dict[str, Any]:
+    """What an Orbax folder holds, by its tensors' names and shapes."""
+    file = OrbaxFile(folder)
+    tops: dict[str, list[int]] = {}
+    for name, tensor in file.tensors.items():
+        tops.setdefault(name.split(".")[0], []).append(math.prod(tensor.shape))
+    return {
+        "file": f"{folder} (Orbax checkpoint of JAX)",
+        **{top: f"{len(sizes)} tensors, {sum(sizes):,} values" for top, sizes in tops.items()},
+        **({"network": minit2i.describe(list(file.tensors))} if minit2i.recognises(list(file.tensors)) else {}),
+    }
+
+
+def _encoder_facts(path: str) -> dict[str, Any]:
+    """What a text encoder's folder holds."""
+    files = find_encoder(path)
+    return {"file": f"{files.weights} (text encoder)", "network": dataclasses.asdict(T5Config.read(files.config))}
 
 
 def _hub_facts(name: HubName) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import click
 from ..checkpoints.hub import cached
 from ..checkpoints.known import KNOWN, VERIFIED, Known
 from ..models import parameter_count
-from ..models.jit_sizes import model_config
 
 
 @click.command(short_help="List the public weights that --ckpt takes by a short name.")
@@ -26,12 +25,12 @@ def command(as_json: bool) -> None:
         return
     for m, k in zip(models, KNOWN, strict=True):
         s = k.sampling
-        fid = "FID not stated" if k.fid is None else f"FID {k.fid:.2f}"
+        score = k.score or "no score stated"
         here = f"here: {m['here']}" if m["here"] else f"download {k.gb:.2f} GB"
-        click.echo(f"{k.name:<24} {k.image} px, {m['parameters'] / 1e6:.0f} M parameters, {fid}, {here}")
+        click.echo(f"{k.name:<24} {k.image} px, {m['parameters'] / 1e6:.0f} M parameters, {score}, {here}")
         steps = f"{s['steps']} step{'s' * (s['steps'] > 1)}"
-        click.echo(f"{'':<24} {k.repo}/{k.path}, licence {k.licence}; {s['method']}, {steps}, cfg {s['cfg']:g}")
-    click.echo("FID: of 50,000 pictures, as the authors report. What is checked here of each layout:")
+        click.echo(f"{'':<24} {k.place}, licence {k.licence}; {s['method']}, {steps}, cfg {s['cfg']:g}")
+    click.echo("Scores are the authors' own; FID is of 50,000 pictures. What is checked here of each layout:")
     for layout, text in VERIFIED.items():
         names = ", ".join(k.name for k in KNOWN if k.layout == layout)
         if names:
@@ -40,5 +39,5 @@ def command(as_json: bool) -> None:
 
 def _facts(k: Known) -> dict[str, Any]:
     here = cached(k.repo, k.path)
-    count = parameter_count(model_config(k.size, img_size=k.image, num_classes=1000, forcing=None))
+    count = parameter_count(k.model_config())
     return {**k.facts(), "parameters": count, "here": str(here or "")}

@@ -9,6 +9,7 @@ import click
 
 from ..checkpoints.load import demo_checkpoint
 from ..checkpoints.resolve import resolve
+from ..checkpoints.text_encoder import PRECISIONS
 
 
 def offline_option(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -35,6 +36,27 @@ def ckpt_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "--ckpt",
             help="Checkpoint: a file, a run folder, a name of `mlx-sf models`, or org/name/folder on the Hugging Face "
             "Hub. [default: the built-in demo model]",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def text_encoder_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--text-encoder` and `--text-encoder-precision`, for models that draw from prompts."""
+    for option in (
+        click.option(
+            "--text-encoder-precision",
+            type=click.Choice(PRECISIONS),
+            default="float32",
+            show_default=True,
+            help="Type of the text encoder's products.",
+        ),
+        click.option(
+            "--text-encoder",
+            metavar="DIR|ID",
+            help="Text encoder of a model that takes prompts: a folder, or a name on the Hugging Face Hub. [default: "
+            "the one that the checkpoint names]",
         ),
     ):
         function = option(function)

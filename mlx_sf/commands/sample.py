@@ -6,20 +6,24 @@ import click
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.config import Config
-from ..checkpoints.pipeline import load, request_for
+from ..checkpoints.pipeline import default_batch, load, request_for
+from ..checkpoints.text_encoder import EncoderPrecision, text_features
 from ..common.files import writable_folder
 from ..common.progress import Progress
 from ..common.world import World
 from ..device.defaults import DTYPES, dequantize_by_default, limit_cache, on_gpu, pick_dtype
+from ..errors import MlxSfError
+from ..models import architecture
 from ..sampling.class_names import ClassNames
 from ..sampling.generate import my_batches
 from ..sampling.guidance import GuidanceNorm
 from ..sampling.noise import RngName, as_rng
 from ..sampling.output import Output, Stepwise
+from ..sampling.prompts import read_prompts
 from ..sampling.request import with_solver
 from ..sampling.solvers import Method
 from ..sampling.torch_random import GPU_THREADS
-from .options import ckpt_options, named_checkpoint
+from .options import ckpt_options, named_checkpoint, text_encoder_options
 
 
 @click.command(short_help="Draw pictures from a checkpoint.")
@@ -29,7 +33,24 @@ from .options import ckpt_options, named_checkpoint
     "--classes",
     help="Classes by number or name, one picture each: 207,otter,7; null is no class; see `mlx-sf classes`.",
 )
-@click.option("--num-images", "-n", type=int, help="Number of pictures; the classes are gone through in turn.")
+@click.option(
+    "--prompt", "-p", multiple=True, help="Text to draw, for a model that takes prompts; may be given several times."
+)
+@click.option(
+    "--prompts",
+    type=click.Path(),
+    metavar="FILE",
+    help='Prompts from a UTF-8 file, one a line; a line of JSON gives its "prompt".',
+)
+@text_encoder_options
+@click.option(
+    "--num-images",
+    "-n",
+    type=int,
+    help="Number of pictures; the classes are gone through in turn. With prompts: pictures of each.",
+)
+@click.option("--height", type=int, help="Height of the pictures in pixels; a model draws its own size only.")
+@click.option("--width", type=int, help="Width of the pictures in pixels; a model draws its own size only.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of picture 0; picture i has seed + i.")
 @click.option("--steps", type=int, help="Steps of the solver. [default: the checkpoint's, usually 50]")
 @click.option(
@@ -43,7 +64,7 @@ from .options import ckpt_options, named_checkpoint
     type=float,
     nargs=2,
     metavar="LOW HIGH",
-    help="Guide only where LOW < t < HIGH (t = 0 is noise). [default: the checkpoint's, usually 0.1 1]",
+    help="Guide only where LOW < t < HIGH (t = 0 is noise). [default: the checkpoint's, usually 0.1 1; MiniT2I 0 1]",
 )
 @click.option(
     "--cfg-norm",
@@ -52,7 +73,9 @@ from .options import ckpt_options, named_checkpoint
 )
 @click.option("--shift", type=float, help="Above 1: more steps near the noise; 1 is off. [default: the checkpoint's]")
 @click.option(
-    "--sample-t-eps", type=float, help="Lower bound of 1 - t in the velocity. [default: the training's, 0.05]"
+    "--sample-t-eps",
+    type=float,
+    help="Lower bound of 1 - t in the velocity. [default: the training's, 0.05; 0.001 for published MiniT2I]",
 )
 @click.option("--noise", type=click.Path(), help="Initial noise: an .npy file, float32 (N, 3, H, W), standard normal.")
 @click.option(
@@ -89,7 +112,23 @@ from .options import ckpt_options, named_checkpoint
     default=None,
     help="Expand quantised weights before drawing: faster, more memory. [default: on a CPU]",
 )
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Pictures drawn at a time.")
+@click.option(
+    "--lora-paths",
+    multiple=True,
+    metavar="DIR|ID",
+    help="A low-rank adapter: a folder, or a name on the Hugging Face Hub; may be given several times.",
+)
+@click.option(
+    "--lora-scales",
+    type=float,
+    multiple=True,
+    help="What an adapter is multiplied by, in the order of --lora-paths; may be given several times. [default: 1]",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    help="Pictures drawn at a time. [default: 8, fewer where a picture has over 512 tokens]",
+)
 @click.option(
     "--output",
     "-o",
@@ -106,6 +145,12 @@ def command(
     offline: bool,
     weights: str | None,
     classes: str | None,
+    prompt: tuple[str, ...],
+    prompts: str | None,
+    text_encoder: str | None,
+    text_encoder_precision: EncoderPrecision,
+    height: int | None,
+    width: int | None,
     num_images: int | None,
     seed: int,
     noise: str | None,
@@ -115,7 +160,9 @@ def command(
     rng_world: int,
     dtype: str | None,
     dequantize: bool | None,
-    batch_size: int,
+    lora_paths: tuple[str, ...],
+    lora_scales: tuple[float, ...],
+    batch_size: int | None,
     output: str,
     grid: bool,
     stepwise: bool,
@@ -125,6 +172,9 @@ def command(
 
     Each picture depends on its own seed alone, not on the batch it is computed in. Settings are stored in each PNG:
     `mlx-sf info FILE.png` shows them.
+
+    A model that takes prompts draws --prompt or --prompts. Its text encoder runs once for each new prompt, before the
+    network is loaded; what it gives is kept in the cache.
     """
     limit_cache()
     # everything that can be wrong with the request is found before the weights are read
@@ -133,18 +183,33 @@ def command(
     sample = with_solver(config.sample, solver)
     checkpoint.pick(weights)
     pick_dtype(dtype)
-    names = ClassNames.of(config.model.num_classes or 0, config.class_names)
-    wanted = names.split(classes) if classes is not None else None
+    check_size(config, height, width)
+    texts = text_features(getattr(config.model, "text", None), text_encoder, text_encoder_precision)
+    wanted = asked_for(config, classes, prompt, prompts)
+    batch_size = batch_size or default_batch(config)
     random = as_rng(rng, rng_batch, rng_threads, rng_world)
     request = request_for(config, wanted, num_images, seed, noise, random)
     world = World.join()
-    out = Output(output, request, config.model.size, grid, world)
-    steps = Stepwise(sample.steps) if stepwise else None
+    pixels = architecture(config.model).to_uint8
+    out = Output(output, request, config.model.size, grid, world, pixels)
+    steps = Stepwise(sample.steps, pixels) if stepwise else None
     strips = writable_folder(out.path if out.kind == "folder" else out.path.parent)
     dequantize = dequantize_by_default() if dequantize is None else dequantize
     if (note := quantization_note(config, dequantize)) and world.main:
         click.echo(note, err=True)
-    pipeline = load(checkpoint, weights=weights, dtype=dtype, dequantize=dequantize).with_solver(solver)
+    if texts is not None:
+        texts.ensure([str(a) for a in request.asked])
+        for note in texts.notes() if world.main else ():
+            click.echo(f"note: {note}", err=True)
+    pipeline = load(
+        checkpoint,
+        weights=weights,
+        dtype=dtype,
+        dequantize=dequantize,
+        text_encoder=texts,
+        lora_paths=lora_paths,
+        lora_scales=lora_scales,
+    ).with_solver(solver)
 
     def facts(i: int) -> dict[str, Any]:
         return pipeline.facts(request, i)
@@ -164,6 +229,28 @@ def command(
     if written:
         through = f" ... {written[-1]}" if len(written) > 1 else ""
         click.echo(f"{len(request)} images: {written[0]}{through}{share}")
+
+
+def asked_for(config: Config, classes: str | None, prompt: tuple[str, ...], prompts: str | None) -> list[str] | None:
+    """What the command line asks for: class names, or prompts for a model that takes them."""
+    if config.model.num_classes:
+        if prompt or prompts is not None:
+            raise MlxSfError(f"{config.name}: draws classes, not prompts: use --classes (`mlx-sf classes` lists them)")
+        names = ClassNames.of(config.model.num_classes, config.class_names)
+        return names.split(classes) if classes is not None else None
+    if classes is not None:
+        raise MlxSfError(f"{config.name}: draws prompts, not classes: use --prompt")
+    return [*prompt, *(read_prompts(prompts) if prompts is not None else [])]
+
+
+def check_size(config: Config, height: int | None, width: int | None) -> None:
+    """Refuse a size that the model does not draw."""
+    own = config.model.size
+    if (height or own[0], width or own[1]) != own:
+        asked = f"{height or own[0]} x {width or own[1]}"
+        raise MlxSfError(
+            f"--height, --width: {asked} pixels, but {config.name} draws {own[0]} x {own[1]} only: leave them out"
+        )
 
 
 def quantization_note(config: Config, dequantize: bool) -> str | None:

@@ -2,12 +2,16 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ..errors import MlxSfError
+
+MAX_JSON = 16 << 20  # bytes of a JSON file that describes weights
 
 
 @contextlib.contextmanager
@@ -58,6 +62,21 @@ def writable_folder(path: str | os.PathLike[str]) -> Path:
     except OSError as e:
         raise MlxSfError(f"{path}: cannot write in this folder ({e.strerror or e}): choose another place") from e
     return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file of another program holds; `MlxSfError` where it holds none."""
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise MlxSfError(f"{path}: is larger than any such file: take another copy")
+        data = json.loads(path.read_text())
+    except OSError as e:
+        raise MlxSfError(f"{path}: cannot be read ({e.strerror or e})") from None
+    except (ValueError, RecursionError) as e:
+        raise MlxSfError(f"{path}: not valid JSON ({type(e).__name__}): download it again") from None
+    if not isinstance(data, dict):
+        raise MlxSfError(f"{path}: holds a {type(data).__name__}, want an object")
+    return data
 
 
 def sha256(path: Path) -> str:

@@ -10,12 +10,11 @@ import numpy as np
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.config import Config
 from ..checkpoints.pipeline import facts, load
-from ..common.pixels import to_uint8
 from ..data.decode import BadPictureError
 from ..data.numbered import NumberedSource
 from ..device.defaults import default_dtype
 from ..formats.png import image_name, save_png
-from ..models import Asked
+from ..models import Asked, architecture
 from ..sampling.generate import generate
 from ..sampling.output import finite_images
 from ..sampling.request import Request
@@ -73,7 +72,7 @@ def sample_fetch(
         for within, state in generate(network, config.flow, config.sample, request, batch_size):
             if state.step < state.steps:
                 continue
-            pictures = to_uint8(finite_images(state.z, [numbers[i] for i in within]))
+            pictures = architecture(config.model).to_uint8(finite_images(state.z, [numbers[i] for i in within]))
             if png_folder is not None:
                 for i, picture in zip(within, pictures, strict=True):
                     told = facts(config, request, i, checkpoint.path, dtype or default_dtype())

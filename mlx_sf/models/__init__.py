@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
 
+from ..common.pixels import to_uint8
 from ..errors import MlxSfError
 
 # What a picture is asked for by: a class label, a prompt, or None for "anything" (the unconditional branch of guidance)
@@ -38,8 +40,28 @@ class ModelConfig(Protocol):
         """Channels of its output: 3, or 6 where a flow's hybrid parameterisation has two heads."""
 
     @property
+    def tokens(self) -> int:
+        """Length of the longest sequence that it attends over."""
+
+    @property
     def num_classes(self) -> int:
         """Number of classes it draws; 0 where it takes something else than labels."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a sampler knows when it asks for a velocity.
+
+    Args:
+        t: the time, (1,), shared by the batch. length: of the step that begins there.
+        cfg, cfg_low, cfg_high: guidance scale and interval, for networks that take guidance as an input.
+    """
+
+    t: mx.array
+    length: float
+    cfg: float = 1.0
+    cfg_low: float = 0.0
+    cfg_high: float = 1.0
 
 
 class Network(Protocol):
@@ -53,11 +75,22 @@ class Network(Protocol):
     @property
     def config(self) -> Any: ...
 
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether the guidance scale is an input of it, so that one evaluation a step does."""
+
     def condition(self, asked: Sequence[Asked]) -> Condition:
         """The condition of a batch. Raises `MlxSfError` where one of `asked` cannot be had."""
 
-    def prepare(self, t: mx.array, condition: Condition, null: Condition) -> tuple[Condition, Condition]:
-        """Both conditions with all that they and one time t, shared by the batch, decide: valid for that t only.
+    def precompute(self, condition: Condition) -> Condition:
+        """The condition with all that it alone decides, whatever the time.
+
+        A sampler calls it once for each batch, training never. Networks whose conditions decide nothing alone give back
+        what they got.
+        """
+
+    def prepare(self, step: Step, condition: Condition, null: Condition) -> tuple[Condition, Condition]:
+        """Both conditions with all that they and one step decide: valid for that step only.
 
         A sampler calls it once for each time that it visits. `null` may be None. Networks to which time and condition
         alone decide nothing give back what they got.
@@ -86,6 +119,9 @@ class Architecture:
         forward_flops: floating-point operations of a forward pass for one image.
         class_table: parameter with a row per class and a last one for no class, if any.
         head: prefix of the output layer's parameters.
+        lora_target: whether low-rank adapters touch a linear layer, by its path, unless they say so themselves.
+        lora_prefix: what stands before that path in published adapters.
+        to_uint8: images (..., 3, H, W) in [-1, 1] -> pictures (..., H, W, 3) uint8, by the network's published rule.
     """
 
     name: str
@@ -100,10 +136,17 @@ class Architecture:
     forward_flops: Callable[[Any], int]
     class_table: str | None = None
     head: str | None = None
+    lora_target: Callable[[str], bool] = lambda layer: False
+    lora_prefix: str = "base_model.model.net."
+    to_uint8: Callable[[Any], np.ndarray] = to_uint8
 
 
 # name -> module whose `ARCHITECTURE` it is
-ARCHITECTURES: dict[str, str] = {"jit": "mlx_sf.models.jit"}
+ARCHITECTURES: dict[str, str] = {
+    "jit": "mlx_sf.models.jit",
+    "mmjit": "mlx_sf.models.mmjit",
+    "mmjit_mf": "mlx_sf.models.mmjit_mf",
+}
 
 
 def architecture(of: str | ModelConfig) -> Architecture:

@@ -19,9 +19,21 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from ..common.fields import check_types, require
 from ..spectral import ForcingConfig, SpectralForcing
-from . import Architecture, Asked, Condition, Shapes
+from . import Architecture, Asked, Condition, Shapes, Step
 from .flops import jit_flops
-from .layers import Linear, RMSNorm, attention, drop, modulate, rotate, silu
+from .layers import (
+    Linear,
+    PatchEmbed,
+    RMSNorm,
+    TimestepEmbedder,
+    attention,
+    drop,
+    modulate,
+    rotate,
+    silu,
+    sincos_position_table,
+    unpatchify,
+)
 
 
 @dataclass(frozen=True)
@@ -88,6 +100,11 @@ class JiTConfig:
         return self.img_size // self.patch_size
 
     @property
+    def tokens(self) -> int:
+        """Length of the sequence, in-context tokens included."""
+        return self.grid_size**2 + self.in_context_len
+
+    @property
     def mlp_hidden(self) -> int:
         """Hidden channels of SwiGLU: two thirds of the plain feed-forward's, both rounded down."""
         return int(int(self.hidden_size * self.mlp_ratio) * 2 / 3)
@@ -96,22 +113,6 @@ class JiTConfig:
     def null_class(self) -> int:
         """The label that means "no class": the row after the last class."""
         return self.num_classes
-
-
-TIME_FREQUENCIES = 256
-
-
-def sincos_position_table(dims: int, grid_size: int) -> np.ndarray:
-    """Fixed table (1, N, D) float32: first half of D encodes the column index, second half the row index.
-
-    Each half is [sin, cos] of index * 10000^(-i / (D/4)), i = 0 ... D/4 - 1.
-    """
-    omega = 10000.0 ** (-np.arange(dims // 4) / (dims / 4))
-    angles = np.arange(grid_size)[:, None] * omega  # (S, D/4)
-    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # (S, D/2)
-    S = grid_size
-    column, row = np.tile(axis, (S, 1)), np.repeat(axis, S, axis=0)  # tokens are in row-major order
-    return np.concatenate([column, row], axis=1)[None].astype(np.float32)
 
 
 def rotary_tables(head_dim: int, grid_size: int, in_context_len: int) -> tuple[mx.array, mx.array]:
@@ -194,39 +195,6 @@ class Block(nn.Module):
         return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2), keys[1])
 
 
-class PatchEmbed(nn.Module):
-    """Patches -> bottleneck -> D, without activation between."""
-
-    def __init__(self, c: JiTConfig) -> None:
-        super().__init__()
-        self.patch_size = c.patch_size
-        self.proj1 = Linear(3 * c.patch_size**2, c.bottleneck_dim, bias=False)
-        self.proj2 = Linear(c.bottleneck_dim, c.hidden_size)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        B, C, H, _ = x.shape
-        p = self.patch_size
-        S = H // p
-        # a patch is read in the order (channel, row, column)
-        x = x.reshape(B, C, S, p, S, p).transpose(0, 2, 4, 1, 3, 5).reshape(B, S * S, C * p * p)
-        return self.proj2(self.proj1(x))  # (B, N, D)
-
-
-class TimestepEmbedder(nn.Module):
-    """t in [0, 1], not scaled by 1000, -> D."""
-
-    def __init__(self, dims: int) -> None:
-        super().__init__()
-        self.mlp = [Linear(TIME_FREQUENCIES, dims), nn.SiLU(), Linear(dims, dims)]
-        half = TIME_FREQUENCIES // 2
-        self._freqs = mx.array((10000.0 ** (-np.arange(half) / half)).astype(np.float32))
-
-    def __call__(self, t: mx.array) -> mx.array:
-        angles = t.astype(mx.float32)[:, None] * self._freqs
-        x = self.mlp[0](mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1))
-        return self.mlp[2](nn.silu(x))  # (B, D)
-
-
 class LabelEmbedder(nn.Module):
     """K classes and, in the last row, "no class"."""
 
@@ -262,6 +230,8 @@ class JiT(nn.Module):
     Source: Li and He, "Back to Basics: Let Denoising Generative Models Denoise" (arXiv 2511.13720).
     """
 
+    takes_guidance = False
+
     def __init__(self, config: JiTConfig, key: mx.array | None = None) -> None:
         super().__init__()
         c = self._config = config
@@ -269,7 +239,7 @@ class JiT(nn.Module):
             self._forcing = SpectralForcing.of(c.forcing, c.size)
         self.t_embedder = TimestepEmbedder(c.hidden_size)
         self.y_embedder = LabelEmbedder(c.num_classes, c.hidden_size)
-        self.x_embedder = PatchEmbed(c)
+        self.x_embedder = PatchEmbed(c.patch_size, c.bottleneck_dim, c.hidden_size)
         self.pos_embed = mx.array(sincos_position_table(c.hidden_size, c.grid_size))
         if c.in_context_len:
             self.in_context_posemb = mx.zeros((1, c.in_context_len, c.hidden_size))
@@ -292,11 +262,15 @@ class JiT(nn.Module):
             require(ok, "classes", a, f"a class from 0 to {c.num_classes - 1}, or None for no class")
         return {"labels": mx.array([c.null_class if a is None else a for a in asked])}
 
-    def prepare(self, t: mx.array, condition: Condition, null: Condition) -> tuple[Condition, Condition]:
+    def precompute(self, condition: Condition) -> Condition:
+        """As it is: labels enter together with the time."""
+        return condition
+
+    def prepare(self, step: Step, condition: Condition, null: Condition) -> tuple[Condition, Condition]:
         """Adds the adaLN vectors, computed once for each distinct class and not once per image and evaluation."""
         branches = [np.array(c["labels"]) for c in (condition, null) if c is not None]
         classes, rows = np.unique(np.concatenate(branches), return_inverse=True)
-        table = self.modulations(t, mx.array(classes))
+        table = self.modulations(step.t, mx.array(classes))
         pick = mx.array(rows)
         prepared: list[Condition] = []
         for c in (condition, null):
@@ -366,11 +340,9 @@ class JiT(nn.Module):
         return [layer.adaLN_modulation[1](silu_c) for layer in (*self.blocks, self.final_layer)]
 
     def unpatchify(self, tokens: mx.array) -> mx.array:
-        """Tokens (B, N, p*p*C) in the order (row, column, channel) -> images (B, C, H, H)."""
+        """Tokens (B, N, p*p*C) of the head -> images (B, C, H, H)."""
         c = self._config
-        B, S, p = tokens.shape[0], c.grid_size, c.patch_size
-        x = tokens.reshape(B, S, S, p, p, c.out_channels).transpose(0, 5, 1, 3, 2, 4)  # (B, C, S, p, S, p)
-        return x.reshape(B, c.out_channels, c.img_size, c.img_size)
+        return unpatchify(tokens, c.patch_size, (c.grid_size, c.grid_size))
 
 
 def initial_weights(parameters: Any, key: mx.array) -> Any:
@@ -422,6 +394,11 @@ def layer_kind(name: str) -> str | None:
     return next((kind for part, kind in _LAYER_KINDS.items() if part in name), None)
 
 
+def lora_target(layer: str) -> bool:
+    """Whether adapters touch a linear layer: the products of attention and feed-forward."""
+    return layer_kind(f"{layer}.") in ("attention", "feed_forward")
+
+
 def landmarks(c: JiTConfig) -> Shapes:
     """Shapes that show whether a file holds a network of this size."""
     return {
@@ -444,4 +421,5 @@ ARCHITECTURE = Architecture(
     forward_flops=jit_flops,
     class_table="y_embedder.embedding_table.weight",
     head="final_layer.linear.",
+    lora_target=lora_target,
 )

@@ -6,6 +6,7 @@ feed-forward's 2730 and 3413 in L and H, which no group size divides) are filled
 inputs: the products stay exact.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,12 @@ class QuantizationConfig:
         object.__setattr__(self, "layers", tuple(self.layers))
         ok = len(self.layers) >= 1 and len(set(self.layers)) == len(self.layers)
         require(ok, "quantization layers", self.layers, "different kinds of layers, at least one")
+
+    def of(self, kind: Architecture) -> "QuantizationConfig":
+        """The same for a network of this architecture: the default leaves out layers that it does not have."""
+        if self.layers != QuantizationConfig(8).layers:
+            return self
+        return dataclasses.replace(self, layers=tuple(k for k in self.layers if k in kind.layer_kinds))
 
     def check(self, kind: Architecture) -> None:
         """Refuse layers that a network of this architecture does not have."""

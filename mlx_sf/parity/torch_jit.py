@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ..checkpoints.config import Config
 from ..dct import dct_matrix, radial_frequency
 from ..errors import MlxSfError
-from ..models.jit import TIME_FREQUENCIES, JiTConfig, sincos_position_table
-from ..models.layers import RMS_EPS
+from ..models.jit import JiTConfig
+from ..models.layers import RMS_EPS, TIME_FREQUENCIES, sincos_position_table
 
 
 class RMSNorm(nn.Module):

@@ -8,9 +8,14 @@ import numpy as np
 GuidanceNorm = Literal["none", "global"]
 
 
-def guidance_at(t: float, scale: float, low: float, high: float) -> float:
-    """Guidance scale at time t: `scale` inside the interval, 1 outside. Ends are outside, except a low end of 0."""
+def guidance_at(t: float, scale: float, low: float, high: float, closed: bool = False) -> float:
+    """Guidance scale at time t: `scale` inside the interval, 1 outside.
+
+    Ends are outside, except a low end of 0; those of a `closed` interval are inside.
+    """
     start, end = np.float32(low), np.float32(high)
+    if closed:
+        return scale if start <= np.float32(t) <= end else 1.0
     inside = np.float32(t) < end and (start == 0 or np.float32(t) > start)
     return scale if inside else 1.0
 

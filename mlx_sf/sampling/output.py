@@ -1,7 +1,7 @@
 """Where finished pictures go: folders, single files, strips of states."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,9 @@ class Output:
         size: tuple[int, int],
         sheet: bool = False,
         world: World | None = None,
+        pixels: Callable[[Any], np.ndarray] = to_uint8,
     ) -> None:
+        self._pixels = pixels
         self.path, self.request, self.sheet, self.world = Path(path), request, sheet, world or World()
         self.kind = self.path.suffix if self.path.suffix in (".npy", ".png") and not self.path.is_dir() else "folder"
         self.written: list[Path] = []
@@ -62,7 +64,7 @@ class Output:
             if self.kind == ".npy":
                 self._arrays[i] = v
                 continue
-            picture = to_uint8(v)
+            picture = self._pixels(v)
             if self.kind == "folder":
                 save_png(self.path / image_name(i), picture, describe(i))
                 self.written.append(self.path / image_name(i))
@@ -78,10 +80,12 @@ class Output:
                 np.save(f, np.stack(ordered))
             self.written.append(self.path)
         elif self.kind == ".png":
-            save_png(self.path, grid(ordered), {**describe(0), "images": len(ordered)})
+            save_png(self.path, grid(ordered, self.request.columns), {**describe(0), "images": len(ordered)})
             self.written.append(self.path)
         elif self.sheet:
-            save_png(self.path / "grid.png", grid(ordered), {**describe(0), "images": len(ordered)})
+            save_png(
+                self.path / "grid.png", grid(ordered, self.request.columns), {**describe(0), "images": len(ordered)}
+            )
             self.written.append(self.path / "grid.png")
         return self.written
 
@@ -101,14 +105,15 @@ class Stepwise:
 
     COLUMNS = 10
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, pixels: Callable[[Any], np.ndarray] = to_uint8) -> None:
+        self._pixels = pixels
         self.shown = {round(s) for s in np.linspace(1, steps, min(steps, self.COLUMNS))}
         self.columns: dict[int, list[np.ndarray]] = {}
 
     def add(self, numbers: Sequence[int], state: State) -> None:
         if state.step not in self.shown:
             return
-        pictures = np.concatenate([to_uint8(state.z), to_uint8(state.x)], axis=1)
+        pictures = np.concatenate([self._pixels(state.z), self._pixels(state.x)], axis=1)
         for i, picture in zip(numbers, pictures, strict=True):
             self.columns.setdefault(i, []).append(picture)
 

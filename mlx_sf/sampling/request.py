@@ -19,13 +19,14 @@ from .solvers import SampleConfig
 class Request:
     """What to draw: image i is of `asked[i]`, a class or a prompt, with noise from `seeds[i]` or `noise[i]`.
 
-    `rng` says whose numbers a seed stands for.
+    `rng` says whose numbers a seed stands for. `columns` of a sheet of all pictures; None is about a square.
     """
 
     asked: tuple[Asked, ...]
     seeds: tuple[int, ...]
     noise: np.ndarray | None = None
     rng: Rng = MLX
+    columns: int | None = None
     _torch: dict[tuple[int, int], TorchNoise] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -50,6 +51,28 @@ class Request:
         if self.rng.batch == 1:
             return {"seed": self.seeds[i], "rng": self.rng.describe()}
         return {"seed": self.seeds[0], "rng": f"{self.rng.describe()}, image {i} of the stream"}
+
+
+def prompt_request(
+    prompts: Sequence[str],
+    num_images: int | None,
+    seed: int,
+    size: tuple[int, int],
+    noise: str | os.PathLike[str] | np.ndarray | None = None,
+    rng: Rng = MLX,
+) -> Request:
+    """`num_images` images (default 1) of each prompt, one prompt after another; seeds and noise as in `make_request`.
+
+    White space at a prompt's end is left out: readers of T5's tokenizer differ on it.
+    """
+    n = 1 if num_images is None else num_images
+    if n < 1:
+        raise MlxSfError(f"{option('num_images')} is {n}, want at least 1")
+    if not prompts:
+        raise MlxSfError(f"{option('prompt')} is missing: this model draws what a text says")
+    wanted = [p.rstrip() for p in prompts for _ in range(n)]
+    request = make_request(wanted, wanted, len(wanted), seed, size, noise, rng)
+    return dataclasses.replace(request, columns=n if n > 1 and len(prompts) > 1 else None)
 
 
 def make_request(

@@ -7,9 +7,10 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..common.fields import require
 from ..device import lanes
 from ..flow import FlowConfig, velocity
-from ..models import Asked, Condition, Network
+from ..models import Asked, Condition, Network, Step
 from .guidance import guide
 from .solvers import SampleConfig, State, VelocityField, solve
 
@@ -24,6 +25,10 @@ class Sampler:
 
     def __init__(self, network: Network, flow: FlowConfig, sample: SampleConfig, compile: bool = False) -> None:
         self.network, self.flow, self.sample, self.compile = network, flow, sample, compile
+        self._guided_inside = network.takes_guidance
+        if self._guided_inside:
+            # its output is the mean velocity over a step of the length it was told
+            require(sample.method == "euler", "method", sample.method, "euler: this network is told how far to step")
         self.t_eps = flow.t_eps if sample.t_eps is None else sample.t_eps
         wrap: Callable[[Any], Any] = mx.compile if compile else lambda f: f
         self._plain, self._guided = wrap(self._evaluate), wrap(self._evaluate_guided)
@@ -33,15 +38,18 @@ class Sampler:
 
         A branch whose weight is zero is not computed: the unconditional one at scale 1, the other one at 0.
         """
-        condition = self.network.condition(asked)
-        null = None if self.sample.cfg == 1 else self.network.condition([None] * len(asked))
+        network, s = self.network, self.sample
+        condition = network.precompute(network.condition(asked))
+        null = None if s.cfg == 1 or self._guided_inside else network.precompute(network.condition([None] * len(asked)))
         visited: tuple[float, Condition, Condition] = (math.nan, None, None)
 
-        def field(z: mx.array, t: float, scale: float) -> mx.array:
+        def field(z: mx.array, t: float, scale: float, length: float = 0.0) -> mx.array:
             nonlocal visited
             at = mx.array([t], dtype=mx.float32)
+            scale = 1 if self._guided_inside else scale
             if t != visited[0]:
-                visited = t, *self.network.prepare(at, condition, None if scale == 1 else null)
+                step = Step(at, length, s.cfg, s.cfg_low, s.cfg_high)
+                visited = t, *network.prepare(step, condition, None if scale == 1 else null)
             _, given, without = visited
             if scale == 1:
                 return self._plain(z, at, given)

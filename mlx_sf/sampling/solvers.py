@@ -27,8 +27,11 @@ class SampleConfig:
 
     `heun` and `euler` are the published solvers; `multistep` is second order with one evaluation a step.
     `cfg` is the guidance scale, 1 means off; it acts for `cfg_low < t < cfg_high` (a low end of 0 included).
+    `cfg_closed`: the interval's ends count, too, as MiniT2I has it: `cfg_low <= t <= cfg_high`.
     `t_eps`: lower bound of 1 - t in the velocity; None takes the flow's own, as the published sampler does.
     `shift`: above 1 puts more of the steps near the noise (`time_grid`); 1 is the published grid of JiT.
+    `last_step`: length of the last step, the others being equal; 0 makes it one of them. MiniT2I's code has a grid
+    with 0.04.
     `cfg_norm`: what bounds the guided velocity (`guidance.guide`).
     """
 
@@ -40,6 +43,8 @@ class SampleConfig:
     t_eps: float | None = None
     shift: float = 1.0
     cfg_norm: GuidanceNorm = "none"
+    cfg_closed: bool = False
+    last_step: float = 0.0
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -49,14 +54,16 @@ class SampleConfig:
         require(self.cfg >= 0, "cfg", self.cfg, "0 or more (1 means off)")
         ok = 0 <= self.cfg_low <= self.cfg_high <= 1
         require(ok, "cfg_interval", (self.cfg_low, self.cfg_high), "LOW HIGH with 0 <= LOW <= HIGH <= 1")
+        require(0 <= self.last_step < 1, "last_step", self.last_step, "from 0 to below 1")
+        require(not self.last_step or self.steps > 1, "last_step", self.last_step, "0 where there is one step only")
         require(self.shift > 0, "shift", self.shift, "above 0 (1 means off)")
         if self.t_eps is not None:
             require(finite(self.t_eps) and 0 < self.t_eps <= 1, "sample_t_eps", self.t_eps, "above 0, at most 1")
             object.__setattr__(self, "t_eps", float(self.t_eps))
 
 
-# (state z, time t, guidance scale) -> velocity
-VelocityField = Callable[[mx.array, float, float], mx.array]
+# (state z, time t, guidance scale, length of the step that begins at t) -> velocity
+VelocityField = Callable[[mx.array, float, float, float], mx.array]
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,14 @@ def time_grid(steps: int, shift: float = 1.0) -> np.ndarray:
     return np.float32(1) - s * noise / (np.float32(1) + (s - np.float32(1)) * noise)
 
 
+def grid_of(config: SampleConfig) -> np.ndarray:
+    """The times (steps + 1,) float32 that sampling visits."""
+    if not config.last_step:
+        return time_grid(config.steps, config.shift)
+    last = np.float32(1 - config.last_step)
+    return np.append(time_grid(config.steps - 1, config.shift) * last, np.float32(1))
+
+
 def solve(field: VelocityField, z: mx.array, config: SampleConfig, t_eps: float = FlowConfig.t_eps) -> Iterator[State]:
     """Integrate dz/dt = field from noise z at t = 0 to t = 1; yields the state after each step, not yet evaluated.
 
@@ -100,16 +115,17 @@ def solve(field: VelocityField, z: mx.array, config: SampleConfig, t_eps: float 
     if config.method == "multistep":
         yield from _multistep(field, z, config, t_eps)
         return
-    times, interval = time_grid(config.steps, config.shift), (config.cfg, config.cfg_low, config.cfg_high)
+    times, interval = grid_of(config), (config.cfg, config.cfg_low, config.cfg_high, config.cfg_closed)
     for i in range(config.steps):
         t, t_next = times[i], times[i + 1]
         dt = float(t_next - t)
-        v = field(z, float(t), guidance_at(t, *interval))
+        v = field(z, float(t), guidance_at(t, *interval), dt)
         x = z + (1 - float(t)) * v
         if config.method == "euler" or i == config.steps - 1:
             z = z + dt * v
         else:
-            v_next = field(z + dt * v, float(t_next), guidance_at(t_next, *interval))
+            after = float(times[i + 2] - t_next)
+            v_next = field(z + dt * v, float(t_next), guidance_at(t_next, *interval), after)
             z = z + dt * (0.5 * (v + v_next))
         yield State(i + 1, config.steps, float(t_next), z, x)
 
@@ -128,11 +144,11 @@ def _multistep(field: VelocityField, z: mx.array, config: SampleConfig, t_eps: f
     bounded flow itself would. This is DPM-Solver++ (2M) of Lu et al. on this flow, with the prediction extrapolated in
     t instead of the log signal-to-noise ratio, which is infinite at both ends.
     """
-    times, interval = time_grid(config.steps, config.shift).tolist(), (config.cfg, config.cfg_low, config.cfg_high)
+    times, interval = grid_of(config).tolist(), (config.cfg, config.cfg_low, config.cfg_high)
     last: tuple[float, float, mx.array] | None = None  # time, guidance scale, prediction
     for i, (t, t_next) in enumerate(pairwise(times)):
         cfg, r = mean_guidance(t, t_next, *interval), max(1 - t, t_eps)
-        v = field(z, t, cfg)
+        v = field(z, t, cfg, t_next - t)
         p, x = z + r * v, z + (1 - t) * v
         if i < config.steps - 1:
             a, b = _step_weights(t, t_next, t_eps)
@@ -158,7 +174,7 @@ def evaluations(config: SampleConfig) -> int:
     """Network evaluations per image: a guided velocity takes two, one with the class and one without."""
     count = 0
 
-    def field(z: mx.array, t: float, cfg: float) -> mx.array:
+    def field(z: mx.array, t: float, cfg: float, length: float) -> mx.array:
         nonlocal count
         count += 1 if cfg in (0, 1) else 2
         return z

@@ -25,8 +25,9 @@ def dry_run(p: Plan) -> str:
         trainer.take(next(batches))
         times.append(time.perf_counter() - started)
     batches.close()
-    step, c = min(times[1:]), r.config.model
+    step, c, adapter = min(times[1:]), r.config.model, r.config.adapter
     parameters, flops = parameter_count(c), forward_flops(c)
+    trained = sum(w.size for w in trainer.arrays["model"].values())
     rate = 3 * flops * r.batch_size / step / 1e9
     images = f"{r.batch_size} images ({r.machine.dtype}), {r.batch_size / step:.1f} images/s"
     return columns(
@@ -34,11 +35,15 @@ def dry_run(p: Plan) -> str:
             ("network", f"{r.config.name}, {c.size[0]} x {c.size[1]} pixels, {len(p.source.class_names)} class(es)"),
             ("data", p.source.describe()),
             ("parameters", f"{parameters / 1e6:.2f} million"),
+            *([("trained", f"{trained / 1e6:.2f} million, an adapter: {adapter}")] if adapter else []),
             ("forward pass", f"{flops / 1e9:.2f} GFLOP an image"),
             ("training step", f"{step:.3f} s for {images}"),
             ("rate", f"{rate:.0f} GFLOP/s, counting a step as three forward passes"),
             ("peak memory", f"{mx.get_peak_memory() / 1e9:.2f} GB of {total_memory() / 1e9:.0f} GB"),
             ("run", f"{r.steps} steps, {r.epoch(r.steps):.1f} epochs: {duration(step * r.steps)}"),
-            ("checkpoint", f"{5 * parameters * 4 / 1e9:.2f} GB, {r.reports.keep or 'all'} kept"),
+            (
+                "checkpoint",
+                f"{5 * (trained if adapter else parameters) * 4 / 1e9:.2f} GB, {r.reports.keep or 'all'} kept",
+            ),
         ]
     )

@@ -1,12 +1,52 @@
 """Starting a run from a checkpoint of another one: what is kept, what is made anew, and saying so."""
 
+import dataclasses
+
 import mlx.core as mx
 
+from ..checkpoints.adapters import named_base
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.config import Config
+from ..checkpoints.config import AdapterInfo, Config
 from ..errors import MlxSfError, option
+from ..models import parameter_shapes
+from ..models.lora import LoRAConfig, targets_of
 from ..spectral import describe_forcing
+from .options import Options
 from .step import Weights
+
+
+def adapter_config(checkpoint: Checkpoint, o: Options, config: Config) -> Config:
+    """What the checkpoints of a run say that trains an adapter of `checkpoint`; `config` is that of a whole network.
+
+    Raises `MlxSfError` where the network would have to change, in its classes, too.
+    """
+    base, kind, name = checkpoint.config, checkpoint.kind, checkpoint.pick(o.init_weights)
+    if not _same_classes(base, config):
+        was, now = base.model.num_classes, config.model.num_classes
+        raise MlxSfError(
+            f"{option('lora')}: keeps the {was} classes of {checkpoint.path}, and the data has {now}, or others: "
+            f"name them alike, or leave out {option('lora')}"
+        )
+    for f in dataclasses.fields(config.model):
+        was, now = getattr(base.model, f.name), getattr(config.model, f.name)
+        if was != now:
+            differs = (
+                f"{option(f.name)} is {was}, not {now}" if isinstance(was, int | float) else f"{f.name} is another"
+            )
+            raise MlxSfError(
+                f"{option('lora')}: keeps the network of {checkpoint.path}, whose {differs}: "
+                f"take the same, or leave out {option('lora')}"
+            )
+    targets = targets_of(parameter_shapes(base.model), kind)
+    if not targets or o.lora_rank is None or o.lora_alpha is None:
+        raise MlxSfError(f"{checkpoint.path}: {kind.title} has no layers for adapters")
+    info = AdapterInfo(
+        LoRAConfig(o.lora_rank, o.lora_alpha, targets),
+        named_base(str(o.init), checkpoint),
+        name,
+        checkpoint.fingerprint(name),
+    )
+    return dataclasses.replace(config, adapter=info, class_names=base.class_names)
 
 
 def adapt(checkpoint: Checkpoint, weights: str | None, fresh: Weights, config: Config) -> tuple[Weights, list[str]]:

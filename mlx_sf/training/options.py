@@ -80,6 +80,11 @@ class Options:
     init_weights: str | None = _option(
         None, "Weight set of the checkpoint to start from: model, ema1 or ema2. [default: ema1]"
     )
+    lora: bool = _option(
+        False, "Train a low-rank adapter beside the network of init, which stays as it is, by MiniT2I's recipe."
+    )
+    lora_rank: int | None = _option(None, "Rank of the adapter: larger learns more. [default: 32]")
+    lora_alpha: float | None = _option(None, "The adapter's update is multiplied by alpha / rank. [default: the rank]")
     # the flow
     pred_param: PredParam = _option(
         FlowConfig.pred_param, "What the network predicts: the image (x), the velocity (v), or both (hybrid)."
@@ -102,8 +107,8 @@ class Options:
     p_mean: float = _option(FlowConfig.P_mean, "Training times t are sigmoid(m + s * normal): this is m.")
     p_std: float = _option(FlowConfig.P_std, "Training times t are sigmoid(m + s * normal): this is s.")
     t_eps: float = _option(FlowConfig.t_eps, "Smallest value of 1 - t that velocities are divided by.")
-    label_drop_prob: float = _option(
-        FlowConfig.label_drop_prob, "Share of images that train without their class, which guidance needs."
+    label_drop_prob: float | None = _option(
+        None, "Share of images that train without their class, which guidance needs. [default: 0.1; 0 with lora]"
     )
     # the data
     data: str | None = _option(
@@ -114,6 +119,7 @@ class Options:
     split: str = _option(DataOptions.split, "Which split of a data set to read.")
     image_column: str | None = _option(None, "Column of a data set that holds the images. [default: found by type]")
     label_column: str | None = _option(None, "Column of a data set that holds the classes. [default: found by name]")
+    caption_column: str | None = _option(None, "Column of a data set that holds the captions. [default: found by name]")
     streaming: bool = _option(DataOptions.streaming, "Read a Hub data set as it downloads, without storing it.")
     epoch_size: int | None = _option(
         None, "Pictures that count as an epoch, of built-in scenes or a stream. [default: 2560 scenes; all of a stream]"
@@ -129,24 +135,31 @@ class Options:
     flip: bool = _option(True, "Mirror half of the pictures, chosen at random.")
     workers: int | None = _option(None, "Threads that decode pictures. [default: one per core, at most 8]")
     # the optimiser
-    batch_size: int = _option(32, "Images in a training step, over all processes and micro-batches.")
+    batch_size: int | None = _option(
+        None,
+        "Images in a training step, over all processes and micro-batches. [default: 32; 4 with lora, published: 16]",
+    )
     epochs: float | None = _option(
-        None, "Length of the run in epochs. [default: 200 for B and larger, 50 for nano, tiny, small]"
+        None, "Length of the run in epochs. [default: 200 for B and larger, 50 for others; 400 steps with lora]"
     )
     steps: int | None = _option(None, "Length of the run in steps, instead of epochs.")
-    lr: float | None = _option(None, "Peak learning rate. [default: nano, tiny 1e-3; small 5e-4; others from blr]")
+    lr: float | None = _option(
+        None, "Peak learning rate. [default: nano, tiny 1e-3; small, lora 5e-4; others from blr]"
+    )
     blr: float | None = _option(
         None, "Peak learning rate for a batch of 256; other batches in proportion. [default: 5e-5]"
     )
     warmup_epochs: float | None = _option(
-        None, "Epochs in which the learning rate rises from 0. [default: 5, at most a tenth of the run]"
+        None, "Epochs in which the learning rate rises from 0. [default: 5, at most a tenth of the run; 0 with lora]"
     )
     lr_schedule: LRSchedule = _option("constant", "Learning rate after the warm-up.")
     min_lr: float = _option(0.0, "Learning rate at the end of a cosine schedule.")
     weight_decay: float = _option(0.0, "Decoupled weight decay of AdamW; biases and norm weights never decay.")
     beta1: float = _option(0.9, "AdamW's decay of the gradients' mean.")
-    beta2: float = _option(0.95, "AdamW's decay of the gradients' mean square.")
-    clip_grad: float = _option(0.0, "Largest norm of all gradients together; 0 is no bound.")
+    beta2: float | None = _option(None, "AdamW's decay of the gradients' mean square. [default: 0.95; 0.999 with lora]")
+    clip_grad: float | None = _option(
+        None, "Largest norm of all gradients together; 0 is no bound. [default: 0; 1 with lora]"
+    )
     ema_decay1: float | None = _option(
         None,
         "Decay of the first average of the weights, the one that samples are drawn from. [default: 0.9999 for B and "
@@ -193,13 +206,18 @@ class Options:
             value = getattr(self, name)
             require(value is None or ok(value), name, value, want)
         require(
-            self.batch_size % self.accumulate == 0,
+            self.batch_size is None or self.batch_size % self.accumulate == 0,
             "accumulate",
             self.accumulate,
             f"a divisor of {option('batch_size')}",
         )
         if self.steps is not None and self.epochs is not None:
             raise MlxSfError(f"{option('steps')} and {option('epochs')}: both are given, want one of them")
+        if self.lora and self.init is None:
+            raise MlxSfError(f"{option('lora')}: adapts trained weights: name their checkpoint with {option('init')}")
+        for name in ("lora_rank", "lora_alpha"):
+            if getattr(self, name) is not None and not self.lora:
+                raise MlxSfError(f"{option(name)}: is of an adapter only: add {option('lora')}, or leave it out")
         self.forcing()  # refuses what does not fit together before data is opened
         self.flow()
 
@@ -235,11 +253,11 @@ def _bounds() -> list[tuple[str, str, Any]]:
     rules: list[tuple[str, str, Any]] = [
         (
             "batch_size accumulate save_every log_every preview_images preview_steps "
-            "steps epoch_size num_classes workers patch img_size",
+            "steps epoch_size num_classes workers patch img_size lora_rank",
             "at least 1",
             lambda v: v >= 1,
         ),
-        ("lr blr epochs noise_scale", "above 0", lambda v: v > 0),
+        ("lr blr epochs noise_scale lora_alpha", "above 0", lambda v: v > 0),
         ("keep save_minutes preview_every weight_decay clip_grad min_lr", "0 or more", lambda v: v >= 0),
         ("beta1 beta2 ema_decay1 ema_decay2", "from 0 to below 1", lambda v: 0 <= v < 1),
         ("attn_dropout proj_dropout", "a probability below 1", lambda v: 0 <= v < 1),

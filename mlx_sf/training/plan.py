@@ -13,6 +13,7 @@ from ..checkpoints.resolve import resolve
 from ..common.world import World
 from ..data.sources import DataOptions, Source
 from ..errors import MlxSfError, option
+from .finetune import adapter_config
 from .options import Options, part, typed_options
 from .recipe import Recipe, decide, options_from
 from .run_folder import RunFolder, Stored
@@ -62,6 +63,8 @@ def plan(given: Mapping[str, Any], resume: str | None = None) -> Plan:
         raise MlxSfError(f"{folder.path}: its data has changed ({source.describe()}): {restore}")
     options = dataclasses.replace(options, data=_absolute(options.data))
     recipe = decide(options, source, base.config if base else None, stored.config if stored else None)
+    if options.lora and base is not None and stored is None:
+        recipe = dataclasses.replace(recipe, config=adapter_config(base, recipe.options, recipe.config))
     notes = [f"data: {source.describe()}"]
     if len(source) < recipe.batch_size:
         notes.append(f"note: {len(source)} pictures fill a batch of {recipe.batch_size} only by repeating")
@@ -91,6 +94,7 @@ def shared_plan(given: Mapping[str, Any], resume: str | None, world: World) -> P
 
 def _base(init: str) -> Checkpoint:
     checkpoint = Checkpoint(resolve(init))
+    checkpoint.require_network()
     checkpoint.require_floats()
     return checkpoint
 
@@ -107,7 +111,8 @@ def _run_path(given: Mapping[str, Any]) -> Path:
         network = Path(given["init"]).stem if "init" in given else str(given.get("size", "small")).replace("/", "-")
         patch = f"-{given['patch']}" if "patch" in given else ""
         data = Path(given["data"]).name if "data" in given else "scenes"
-        name = f"{network}{patch}-{data or 'data'}" + ("-vanilla" if given.get("vanilla") else "")
+        marks = "".join(f"-{mark}" for mark in ("vanilla", "lora") if given.get(mark))
+        name = f"{network}{patch}-{data or 'data'}{marks}"
     elif not name or Path(name).name != name:
         where = f"the folder it lies in is {option('output')}"
         raise MlxSfError(f"{option('name')} is {name!r}, want a plain name: {where}")

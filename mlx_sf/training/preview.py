@@ -10,8 +10,8 @@ import numpy as np
 
 from ..checkpoints.config import Config
 from ..common.figures import grid
-from ..common.pixels import to_uint8
 from ..formats.png import save_png
+from ..models import architecture
 from ..sampling.noise import seeded_noise
 from ..sampling.sampler import Sampler
 from .step import Weights, bound
@@ -34,6 +34,6 @@ def save_preview(
             for state in sampler.states(noise, asked):
                 z = state.z
                 mx.eval(z)
-        pictures += list(to_uint8(z))
+        pictures += list(architecture(config.model).to_uint8(z))
     metadata = {"rows": list(sets), "steps": steps, "cfg": config.sample.cfg, "seed": seed}
     save_png(path, grid(pictures, columns=count), metadata)

@@ -11,7 +11,7 @@ from ..data.loader import steps_per_epoch
 from ..data.sources import DataOptions, Source
 from ..device import defaults as device
 from ..errors import MlxSfError, option
-from ..flow import published_noise_scale
+from ..flow import FlowConfig, published_noise_scale
 from ..models.jit_sizes import find_size, model_config, preset_name
 from ..sampling.solvers import SampleConfig
 from ..spectral import ForcingConfig
@@ -19,6 +19,11 @@ from .optimizer import OptimizerOptions
 from .options import KINDS, DTypeName, Options, part
 from .step import SETS
 
+# the recipe published with MiniT2I's adapters
+_LORA_STEPS, _LORA_RATE = 400, 5e-4
+_LORA: dict[str, Any] = {
+    "lora_rank": 32, "warmup_epochs": 0.0, "beta2": 0.999, "clip_grad": 1.0, "label_drop_prob": 0.0,
+}  # fmt: skip
 _OURS = {"nano": 1e-3, "tiny": 1e-3, "small": 5e-4}  # sizes that were never published -> their learning rate
 
 
@@ -89,10 +94,13 @@ def decide(options: Options, source: Source, base: Config | None = None, stored:
     `base` is the configuration of the checkpoint that a run starts from; `stored` that of a run which is continued,
     whose network and flow stay as they are.
     """
-    per_epoch = steps_per_epoch(len(source), options.batch_size)
+    batch_size = options.batch_size or (4 if options.lora else 32)
+    per_epoch = steps_per_epoch(len(source), batch_size)
     default_epochs = 50.0 if find_size(options.size)[0] in _OURS else 200.0
+    if options.lora:
+        default_epochs = _LORA_STEPS / per_epoch
     steps = options.steps or max(1, round((options.epochs or default_epochs) * per_epoch))
-    o = _open_choices_made(options, steps, per_epoch)
+    o = _open_choices_made(dataclasses.replace(options, batch_size=batch_size), batch_size, steps, per_epoch)
     config = stored or _new_config(o, source, base)
     return Recipe(
         options=o,
@@ -102,7 +110,7 @@ def decide(options: Options, source: Source, base: Config | None = None, stored:
         optimizer=part(OptimizerOptions, o),
         machine=part(MachineOptions, o),
         reports=part(ReportOptions, o),
-        batch_size=o.batch_size,
+        batch_size=batch_size,
         steps=steps,
         steps_per_epoch=per_epoch,
         seed=o.seed,
@@ -110,14 +118,17 @@ def decide(options: Options, source: Source, base: Config | None = None, stored:
     )
 
 
-def _open_choices_made(o: Options, steps: int, per_epoch: int) -> Options:
+def _open_choices_made(o: Options, batch_size: int, steps: int, per_epoch: int) -> Options:
     """The options with every choice made that they leave open; made twice, they stay the same."""
     size = find_size(o.size)[0]
     rate = _OURS.get(size) if o.blr is None else None
     decays = (0.999, 0.9999) if size in _OURS else (0.9999, 0.9996)
     choices: dict[str, Any] = {
-        "lr": (o.blr or 5e-5) * o.batch_size / 256 if rate is None else rate,
+        "lr": (o.blr or 5e-5) * batch_size / 256 if rate is None else rate,
         "warmup_epochs": min(5.0, 0.1 * steps / per_epoch),
+        "beta2": OptimizerOptions.beta2,
+        "clip_grad": OptimizerOptions.clip_grad,
+        "label_drop_prob": FlowConfig.label_drop_prob,
         "ema_decay1": decays[0],
         "ema_decay2": decays[1],
         "ema_warmup": size in _OURS,
@@ -125,6 +136,10 @@ def _open_choices_made(o: Options, steps: int, per_epoch: int) -> Options:
         "compile": device.on_gpu() or steps >= 500,
         "img_size": o.image_geometry()[1],
     }
+    if o.lora:
+        choices |= (
+            _LORA | ({} if o.blr else {"lr": _LORA_RATE}) | {"lora_alpha": float(o.lora_rank or _LORA["lora_rank"])}
+        )
     still_open = {name: value for name, value in choices.items() if getattr(o, name) is None}
     return dataclasses.replace(o, **still_open, steps=steps, epochs=None)
 
@@ -179,6 +194,8 @@ def options_from(base: Config, given: Mapping[str, Any]) -> Options:
         "proj_dropout": m.proj_dropout,
         "cfg": base.sample.cfg,
     }
+    if given.get("lora"):
+        kept["label_drop_prob"] = None  # of another recipe
     if given.get("img_size", m.img_size) != m.img_size:
         kept["noise_scale"] = None  # follows the image size
     return Options(**{**kept, **given})

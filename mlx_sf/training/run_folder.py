@@ -1,8 +1,9 @@
 """The folder of a training run: `config.yaml`, checkpoints, metrics, previews; its lock, and how it is resumed.
 
 A checkpoint holds everything that the next step depends on: the weights, both EMAs, Adam's moments, and the position
-(step and unfinished log window). All files are written beside and renamed, so a kill at any moment leaves a folder
-that continues exactly from its newest checkpoint.
+(step and unfinished log window). Of a run that trains an adapter these are the adapter's alone: the base is read again.
+All files are written beside and renamed, so a kill at any moment leaves a folder that continues exactly from its newest
+checkpoint.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ import mlx.core as mx
 import numpy as np
 import yaml
 
+from ..checkpoints.adapters import write_adapter
 from ..checkpoints.checkpoint import Checkpoint, save_checkpoint, step_file, step_files
 from ..checkpoints.config import Config
 from ..common.files import replacing, writable_folder
@@ -55,6 +57,7 @@ class RunFolder:
         self.path = Path(path)
         self.config_file = self.path / "config.yaml"
         self.model_file = self.path / "model.json"
+        self.adapter = self.path / "adapter"
 
     @classmethod
     def existing(cls, path: str | os.PathLike[str]) -> "RunFolder":
@@ -145,6 +148,7 @@ class RunFolder:
         """Write the checkpoint of `position` and prune older ones to `keep` (0: all stay).
 
         `fixed` are the untrained tensors that belong to every weight set. State that is not finite is never written.
+        The folder "adapter" holds the newest adapter of a run that trains one, in the published layout.
         """
         finite = mx.stack([mx.all(mx.isfinite(w)) for kind in arrays.values() for w in kind.values()])
         if not mx.all(finite).item():
@@ -153,6 +157,8 @@ class RunFolder:
         extra = {prefix + k: w for kind, prefix in _MOMENTS.items() for k, w in arrays[kind].items()}
         text = json.dumps(dataclasses.asdict(position)).encode()
         extra[_POSITION] = mx.array(np.frombuffer(text, np.uint8))
+        if config.adapter is not None:  # first: a run that ends in between writes it again when it continues
+            write_adapter(self.adapter, config.adapter, arrays["model"], config.model)
         path = self.path / step_file(position.step)
         provenance = {**config.provenance, "step": position.step}
         save_checkpoint(path, sets, dataclasses.replace(config, provenance=provenance), extra)
@@ -168,7 +174,8 @@ class RunFolder:
         path = files[-1][1]
         try:
             checkpoint = Checkpoint(path)
-            if checkpoint.config.model != config.model or checkpoint.config.flow != config.flow:
+            parts = ("model", "flow", "adapter")
+            if any(getattr(checkpoint.config, part) != getattr(config, part) for part in parts):
                 raise MlxSfError(f"{path}: is of another network than {self.config_file} says")
             arrays: Arrays = {name: checkpoint.weights(name) for name in SETS}
             extra = checkpoint.extra()

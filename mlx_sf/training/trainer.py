@@ -14,13 +14,16 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from ..checkpoints.adapters import open_base
 from ..checkpoints.checkpoint import step_files
+from ..checkpoints.load import load_model
 from ..common.progress import Progress
 from ..common.world import World
 from ..data.loader import Batch, Loader
 from ..device.defaults import pick_dtype
 from ..errors import MlxSfError, option
-from ..models import architecture, build
+from ..models import architecture, build, cast_products, parameter_shapes
+from ..models.lora import adapter_parameters, add_adapter, initial_adapter
 from .finetune import adapt
 from .log import METRICS, RunLog, Speed, plot_loss, read_lines
 from .plan import Plan
@@ -105,7 +108,9 @@ def fit(p: Plan, say: Say, world: World | None = None) -> Outcome:
                 share = r.optimizer.initial_shares(step)[0]
                 lines = read_lines(folder.path / METRICS)
                 mean = f"loss {lines[-1]['loss']:.4f}, " if lines else ""
-                say(f"step {step}: {mean}saved {path} (ema1 still holds {share:.1%} of the initial weights)")
+                still = f"ema1 still holds {share:.1%} of the initial weights"
+                beside = f"its adapter in {folder.adapter}" if r.config.adapter else still
+                say(f"step {step}: {mean}saved {path} ({beside})")
                 for name, reason in list(run.loader.bad.items())[named:][:_NAMED_PICTURES]:
                     say(f"could not read {name}: {reason}")
                 named = len(run.loader.bad)
@@ -142,9 +147,7 @@ class Trainer:
                 f"{option('batch_size')} is {r.batch_size}, want a multiple of {parts}, micro-batches x processes"
             )
         self.plan, self.recipe, self.world = p, r, world
-        self.network = build(r.config.model, mx.random.key(r.seed))
-        tensors: Any = tree_flatten(self.network.parameters())
-        self.fixed: Weights = {name: dict(tensors)[name] for name in architecture(r.config.model).fixed}
+        self.network, self.fixed = self._network(pick_dtype(machine.dtype))
         self.loader = Loader(p.source, r.batch_size, r.seed, r.flip, machine.workers, world.rank, world.size)
         self.null = self.network.condition([None] * (r.batch_size // world.size))
         options = StepOptions(
@@ -160,15 +163,38 @@ class Trainer:
         self.arrays: Arrays = {}
         self.position = Position()
 
+    def _network(self, dtype: mx.Dtype) -> tuple[Any, Weights]:
+        """The network as a shell for the weights that are trained, and those that are stored with them.
+
+        An adapter's network holds the weights of its base, its products in `dtype`; nothing is stored with an adapter.
+        """
+        config, key, adapter = self.recipe.config, mx.random.key(self.recipe.seed), self.recipe.config.adapter
+        kind = architecture(config.model)
+        if adapter is None:
+            network = build(config.model, key)
+            tensors: Any = tree_flatten(network.parameters())
+            return network, {name: dict(tensors)[name] for name in kind.fixed}
+        if self.world.main:
+            network = load_model(open_base(adapter, self.plan.folder.path), adapter.weights, dtype)[0]
+        else:
+            network = build(config.model)
+            network.update(cast_products(network.parameters(), dtype, kind))
+        network.update(self.world.share_arrays(network.parameters()))
+        add_adapter(network, adapter.lora, initial_adapter(adapter.lora, parameter_shapes(config.model), key))
+        return network, {}
+
     def begin(self) -> list[str]:
         """Take the first state: the newest checkpoint's, another run's weights, or random ones. Returns what to say."""
         p, notes = self.plan, list[str]()
+        adapter = self.recipe.config.adapter
         stored = p.folder.load(self.recipe.config) if p.stored is not None else None
         if stored is not None:
             self.arrays, self.position = stored
         else:
-            weights = trainable(self.network)
-            if p.base is not None:
+            weights = trainable(self.network) if adapter is None else adapter_parameters(self.network)
+            if adapter is not None:
+                notes = [f"lora: {adapter}"]
+            elif p.base is not None:
                 weights, notes = adapt(p.base, self.recipe.options.init_weights, weights, self.recipe.config)
             self.arrays, self.position = initial_arrays(weights), Position()
         self.arrays = self.world.share_arrays(self.arrays)

@@ -217,7 +217,7 @@ def test_published_checkpoints_are_accepted(golden, name, forced):
         assert config.model == preset
         assert config.name == name
         assert not ignored
-        assert len(module.network_entries(stripped, config.model, "float32", "x")) == len(parameter_shapes(preset))
+        assert len(module.jit_entries(stripped, config.model, "float32", "x")) == len(parameter_shapes(preset))
 
 
 def save(tmp_path, root, name="c.pth"):

@@ -11,7 +11,6 @@ from mlx_sf.checkpoints.known import KNOWN, at, by_name, recommended, table
 from mlx_sf.checkpoints.names import HubName, parse
 from mlx_sf.errors import MlxSfError
 from mlx_sf.models import parameter_count
-from mlx_sf.models.jit_sizes import model_config
 from tests.helpers import ROOT, run_cli
 
 
@@ -61,9 +60,12 @@ def test_table_of_known_models_is_consistent():
     for k in KNOWN:
         assert by_name(k.name.upper()) is k
         assert at(k.repo, k.path) is k
-        count = parameter_count(model_config(k.size, img_size=k.image, num_classes=1000, forcing=None))
+        count = parameter_count(k.model_config())
         assert math.isclose(4 * count / 1e9, k.gb, rel_tol=0.02), k.name  # the download is float32
-        assert k.settings["noise_scale"] == {256: 1.0, 512: 2.0}[k.image]
+        if k.architecture == "jit":
+            assert k.settings["noise_scale"] == {256: 1.0, 512: 2.0}[k.image]
+        else:
+            assert k.settings == {}  # the converter knows them
     assert recommended("B", 16, 256)["cfg"] == 3.0
     assert recommended("B", 16, 512) == {}
     assert by_name("jit-z/16") is None

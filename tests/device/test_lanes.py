@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from mlx_sf.device import lanes
+from mlx_sf.models import Step
 from mlx_sf.models.jit import JiT
 from mlx_sf.models.jit_sizes import model_config
 
@@ -41,7 +42,7 @@ def test_both_branches_of_guidance_share_their_lanes(network, batch, prepared):
     branches = network.condition(list(range(batch))), network.condition([None] * batch)
     want = [network(z, t, c) for c in branches]
     if prepared:
-        branches = network.prepare(t, *branches)
+        branches = network.prepare(Step(t, 0.1), *branches)
     for split in (network.guided, lanes.split_batch(network.guided, network.parameters)):
         for got, one in zip(split(z, t, *branches), want, strict=True):
             np.testing.assert_allclose(np.asarray(got), np.asarray(one), atol=2e-5)

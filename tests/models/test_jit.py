@@ -10,8 +10,9 @@ from mlx.utils import tree_flatten
 
 from mlx_sf.flow import hybrid_weight, velocity
 from mlx_sf.models import cast_products, parameter_shapes
-from mlx_sf.models.jit import ARCHITECTURE, JiT, JiTConfig, sincos_position_table
+from mlx_sf.models.jit import ARCHITECTURE, JiT, JiTConfig
 from mlx_sf.models.jit_sizes import SIZES, model_config
+from mlx_sf.models.layers import sincos_position_table
 from mlx_sf.spectral import SpectralForcing
 from tests.helpers import classes
 

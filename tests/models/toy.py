@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_sf.models import Architecture, Asked
+from mlx_sf.models import Architecture, Asked, Step
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,18 @@ class ToyConfig:
     dims: int = 8
 
     @property
+    def tokens(self) -> int:
+        return self.height * self.width
+
+    @property
     def size(self) -> tuple[int, int]:
         return self.height, self.width
 
 
 class ToyNetwork(nn.Module):
     """Pixels and a mean over the prompt's letters, mixed by one layer; no prompt is a single learned token."""
+
+    takes_guidance = False
 
     def __init__(self, config: ToyConfig, key: mx.array | None = None) -> None:
         super().__init__()
@@ -47,7 +53,10 @@ class ToyNetwork(nn.Module):
         padded = [mx.pad(r, [(0, longest - len(r)), (0, 0)]) for r in rows]
         return {"tokens": mx.stack(padded), "counts": mx.array([[float(len(r))] for r in rows])}
 
-    def prepare(self, t: mx.array, condition: Any, null: Any) -> tuple[Any, Any]:
+    def precompute(self, condition: Any) -> Any:
+        return condition
+
+    def prepare(self, step: Step, condition: Any, null: Any) -> tuple[Any, Any]:
         return condition, null
 
     def __call__(

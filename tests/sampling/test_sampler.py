@@ -23,8 +23,13 @@ class Recorder:
     def prepare(self, t, condition, null):
         return condition, null
 
+    takes_guidance = False
+
     def parameters(self):
         return {}
+
+    def precompute(self, condition):
+        return condition
 
     def __call__(self, z, t, condition):
         y = condition["labels"]

@@ -134,7 +134,7 @@ def test_a_straight_field_is_integrated_exactly(method):
     target = mx.full((1, 3, 2, 2), 2.0)
     config = SampleConfig(method, 7)
     *_, state = solve(
-        lambda z, t, cfg: (target - z) / (1 - t) if t < 1 else mx.zeros_like(z), mx.zeros((1, 3, 2, 2)), config
+        lambda z, t, cfg, length: (target - z) / (1 - t) if t < 1 else mx.zeros_like(z), mx.zeros((1, 3, 2, 2)), config
     )
     np.testing.assert_allclose(np.asarray(state.z), 2.0, atol=1e-5)
 
@@ -159,7 +159,7 @@ def end(field, method, steps, t_eps=1e-9, **guidance):
 def test_order_of_convergence_on_gaussian_data(method, order, s):
     """The exact flow ends at s z(0)."""
 
-    def field(z, t, cfg):
+    def field(z, t, cfg, length=0.0):
         return gaussian_rate(t, s) * z
 
     errors = [abs(end(field, method, n) - s) for n in (10, 20, 40, 80)]
@@ -173,7 +173,7 @@ def test_multistep_stays_second_order_where_guidance_begins_and_ends(interval):
     low, high = interval
     with_class, without, cfg = 0.6, 1.2, 2.5
 
-    def field(z, t, scale):
+    def field(z, t, scale, length=0.0):
         u = gaussian_rate(t, without)
         return (u + scale * (gaussian_rate(t, with_class) - u)) * z
 
@@ -191,7 +191,7 @@ def test_multistep_stays_second_order_where_guidance_begins_and_ends(interval):
 def test_multistep_begins_with_the_first_order_step():
     """Which is Euler's, and z' = r'/r z + (1 - r'/r) p with p the predicted image (DDIM's)."""
 
-    def field(z, t, cfg):
+    def field(z, t, cfg, length=0.0):
         return mx.sin(3 * z) + t
 
     z = mx.random.normal((2, 3, 4, 4), key=mx.random.key(0))
@@ -210,7 +210,7 @@ def test_multistep_begins_with_the_first_order_step():
 def test_multistep_leaves_no_more_noise_than_heun(steps):
     """A perfect predictor of a black image, the published bound: what is left of the noise at the end."""
 
-    def field(z, t, cfg):
+    def field(z, t, cfg, length=0.0):
         return -z / max(1 - t, 0.05)
 
     left = end(field, "multistep", steps, 0.05)
@@ -268,7 +268,12 @@ def test_conditioning_shared_by_images_equals_each_ones_own(load):
         def guided(self, z, t, condition, null):
             return model(z, t, condition), model(z, t, null)
 
-        def prepare(self, t, condition, null):
+        takes_guidance = False
+
+        def precompute(self, condition):
+            return condition
+
+        def prepare(self, step, condition, null):
             return condition, null
 
     *_, want = sample_states(Unprepared(), config, noise, labels)

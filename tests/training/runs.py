@@ -24,7 +24,7 @@ def run(given: dict[str, Any], resume: str | None = None, say: Callable[[str], N
 
 def flags(given: dict[str, Any]) -> list[str]:
     """Options as they are typed."""
-    return [x for k, v in given.items() for x in ("--" + k.replace("_", "-"), str(v))]
+    return [x for k, v in given.items() for x in ("--" + k.replace("_", "-"), *([] if v is True else [str(v)]))]
 
 
 def content(folder: Path, step: int) -> bytes:

@@ -10,26 +10,26 @@ The weights' shapes decide; JSON fills in what they do not say, and `known` what
 """
 
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ... import __version__
+from ...common.files import read_json
 from ...errors import MlxSfError
 from ...flow import published_noise_scale
 from ...formats.shards import check_target, open_foreign
 from ...formats.tensor_file import Entry
 from ...models.jit_sizes import SIZES, find_size
 from ...models.quantize import QuantizationConfig
-from ..hub import COMPONENTS, MAX_JSON
+from ..hub import COMPONENTS
 from ..known import ONE_STEP, assumed, recommended
-from .jit import network_entries, strip_wrappers, write
-from .jit_settings import Report, configure
+from .jit import jit_entries, strip_wrappers
+from .jit_settings import configure
+from .report import Report
+from .tensors import SafeTensor, write
 
 _STEM = "diffusion_pytorch_model"
 _CLASSES = ("JiTTransformer2DModel",)
@@ -95,7 +95,7 @@ class Folder:
             "model_index": [self.root / "model_index.json"],
             "scheduler_config": self._schedulers(),
         }
-        return next((_json(p) for p in places[name] if p.is_file()), {})
+        return next((read_json(p) for p in places[name] if p.is_file()), {})
 
 
 def find(place: Path) -> Folder | None:
@@ -137,7 +137,7 @@ def convert(
     config_json, index, scheduler = (source.json(n) for n in ("config", "model_index", "scheduler_config"))
     if parts := [p for p in _FOREIGN_PARTS if index.get(p)]:
         raise MlxSfError(f"{where}: is a {_class(index)} with {', '.join(parts)}: {_WE_KNOW}")
-    tensors = {name: _Tensor(e) for name, e in _opened(source, where).items()}
+    tensors = {name: SafeTensor(e) for name, e in _opened(source, where).items()}
     named, ignored = strip_wrappers(tensors, where)
     named = {_original(name): t for name, t in named.items()}
     try:
@@ -152,7 +152,7 @@ def convert(
         )
         stored = named["blocks.0.attn.qkv.weight"].dtype
         kept = dtype or (stored if stored in ("float16", "bfloat16") else "float32")
-        entries = network_entries(named, config.model, kept, where, quantization)
+        entries = jit_entries(named, config.model, kept, where, quantization)
     except MlxSfError as e:
         kind = _class(config_json)
         if kind in (*_CLASSES, "network") or config_json.get("_class_name") is None:
@@ -170,17 +170,6 @@ def convert(
 
 
 _WE_KNOW = "this program knows JiT in pixels (JiTTransformer2DModel and its .pth), see `mlx-sf models`"
-
-
-class _Tensor:
-    """A tensor of a `.safetensors` as the key table wants it: bfloat16 is widened to float32 when read."""
-
-    def __init__(self, entry: Entry) -> None:
-        self._entry, self.dtype, self.shape = entry, entry.dtype, entry.shape
-
-    def read(self) -> np.ndarray:
-        bits = self._entry.read()
-        return (bits.astype(np.uint32) << 16).view(np.float32) if self.dtype == "bfloat16" else bits
 
 
 def _opened(source: Folder, where: str) -> dict[str, Entry]:
@@ -260,17 +249,3 @@ def _class_names(index: Mapping[str, Any], config: Mapping[str, Any], count: int
         return ()
     names = tuple(labels[str(i)] for i in range(count))
     return names if all(isinstance(n, str) for n in names) else ()
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > MAX_JSON:
-            raise MlxSfError(f"{path}: is larger than any such file: take another copy")
-        data = json.loads(path.read_text())
-    except OSError as e:
-        raise MlxSfError(f"{path}: cannot be read ({e.strerror or e})") from None
-    except (ValueError, RecursionError) as e:
-        raise MlxSfError(f"{path}: not valid JSON ({type(e).__name__}): download it again") from None
-    if not isinstance(data, dict):
-        raise MlxSfError(f"{path}: holds a {type(data).__name__}, want an object")
-    return data

@@ -10,19 +10,17 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ... import __version__
 from ...errors import MlxSfError, option
 from ...formats.shards import check_target
-from ...formats.tensor_file import Entry, bits_of
+from ...formats.tensor_file import Entry
 from ...formats.torch_file.reader import Record, TensorRef, open_torch_file
-from ...models import parameter_count, parameter_shapes
-from ...models.jit import ARCHITECTURE, JiTConfig
-from ...models.quantize import QuantizationConfig, is_quantized, quantized_entries
-from ..checkpoint import WEIGHT_SETS, counted, size_on_disk, stored_name, write_checkpoint
-from ..config import Config
-from .jit_settings import Report, Tensor, Tensors, configure
+from ...models.jit import JiTConfig
+from ...models.quantize import QuantizationConfig
+from ..checkpoint import WEIGHT_SETS, stored_name
+from .jit_settings import configure
+from .report import Report
+from .tensors import Tensor, Tensors, network_entries, write
 
 # weight set -> its key in the reference trainer's checkpoint
 _SET_KEYS = {"model": "model", "ema1": "model_ema1", "ema2": "model_ema2"}
@@ -76,24 +74,10 @@ def convert(
         for name, (tensors, ignored) in stripped.items():
             entries += [
                 dataclasses.replace(e, name=stored_name(config, name, e.name))
-                for e in network_entries(tensors, config.model, dtype, f"{where}: {name}", quantization)
+                for e in jit_entries(tensors, config.model, dtype, f"{where}: {name}", quantization)
             ]
             report.ignored += ignored
         return write(target, entries, config, report, on_tensor)
-
-
-def write(
-    target: str | os.PathLike[str],
-    entries: list[Entry],
-    config: Config,
-    report: Report,
-    on_tensor: Callable[[int, int], None] | None,
-) -> Report:
-    """Write the converted tensors with their final configuration, and complete the report."""
-    report.config, report.parameters = config, parameter_count(config.model)
-    write_checkpoint(target, counted(entries, on_tensor), config)
-    report.bytes = size_on_disk(target)
-    return report
 
 
 # ------------------------------------------------------------------------------------------------ weight sets
@@ -147,27 +131,11 @@ def strip_wrappers(tensors: Tensors, where: str) -> tuple[dict[str, Tensor], lis
 # ------------------------------------------------------------------------------------------------ tensors
 
 
-def network_entries(
+def jit_entries(
     tensors: Tensors, config: JiTConfig, dtype: str, where: str, q: QuantizationConfig | None = None
 ) -> list[Entry]:
-    """The network's tensors as lazy entries in its own layout; every key is accounted for."""
-    shapes = parameter_shapes(config)
-    missing = [k for k in shapes if k not in tensors]
-    extra = [k for k in tensors if k not in shapes]
-    if missing or extra:
-        parts = [f"lacks {missing[0]!r}" + _more(missing)] if missing else []
-        parts += [f"has {extra[0]!r}" + _more(extra) + ", which is not part of the network"] if extra else []
-        raise MlxSfError(f"{where}: {'; '.join(parts)}: not a JiT this program knows")
-    entries = []
-    for key, shape in shapes.items():
-        ref = tensors[key]
-        if not any(ref.shape == s for s in _source_shapes(key, shape, config)):
-            raise MlxSfError(f"{where}: tensor {key!r} has shape {ref.shape}, want {shape}")
-        if not ref.dtype.startswith(("float", "bfloat")):
-            raise MlxSfError(f"{where}: tensor {key!r} is {ref.dtype}, want a float type")
-        rounded = ARCHITECTURE.is_product_operand(key) and not is_quantized(key, q, ARCHITECTURE)
-        entries.append(_entry(key, shape, ref, dtype if rounded else "float32", where))
-    return entries if q is None else quantized_entries(entries, q, ARCHITECTURE)
+    """A JiT's tensors as lazy entries in the network's own layout."""
+    return network_entries(tensors, config, dtype, where, q, lambda key, shape: _source_shapes(key, shape, config))
 
 
 def _source_shapes(key: str, shape: tuple[int, ...], config: JiTConfig) -> list[tuple[int, ...]]:
@@ -179,21 +147,3 @@ def _source_shapes(key: str, shape: tuple[int, ...], config: JiTConfig) -> list[
     if key == "x_embedder.proj2.weight":
         return [shape, (*shape, 1, 1)]
     return [shape]
-
-
-def _entry(key: str, shape: tuple[int, ...], ref: Tensor, dtype: str, where: str) -> Entry:
-    def read() -> np.ndarray:
-        values = ref.read().reshape(shape)
-        if not np.isfinite(values).all():
-            raise MlxSfError(f"{where}: tensor {key!r} holds NaN or infinite values: take another checkpoint")
-        with np.errstate(over="ignore"):
-            bits = bits_of(values, dtype)
-        if dtype == "float16" and not np.isfinite(bits).all():
-            raise MlxSfError(f"{where}: tensor {key!r} does not fit float16: use {option('dtype')} bfloat16 or float32")
-        return bits
-
-    return Entry(key, dtype, shape, read)
-
-
-def _more(names: list[str]) -> str:
-    return f" and {len(names) - 1} more" if len(names) > 1 else ""

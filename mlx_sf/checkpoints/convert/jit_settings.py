@@ -10,10 +10,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Any
 
 from ...errors import MlxSfError, option
 from ...flow import FlowConfig
@@ -24,19 +21,8 @@ from ...sampling.solvers import SampleConfig
 from ...spectral import ForcingConfig
 from ..config import Config
 from .origins import Origins
-
-
-class Tensor(Protocol):
-    """A tensor in a file: float types by name, read when asked for (bfloat16 as float32)."""
-
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    def read(self) -> np.ndarray: ...
-
-
-Tensors = Mapping[str, Tensor]
+from .report import Report
+from .tensors import Tensors
 
 # config field -> name in the reference trainer's args
 ARGS = {
@@ -93,19 +79,6 @@ FLAG_TYPES: dict[str, Any] = {
     if f.name not in _NO_FLAG
 } | {"spectral_forcing": bool}
 PUBLISHED_SCHEDULES = ("linear", "fixed")
-
-
-@dataclass
-class Report:
-    """What a conversion did, for people: settings by origin, keys left out, counts."""
-
-    config: Config
-    layout: str
-    origin: dict[str, list[str]] = field(default_factory=dict)
-    ignored: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    parameters: int = 0
-    bytes: int = 0
 
 
 def configure(
