@@ -10,7 +10,7 @@ from .device.blas import preload as _preload
 
 _preload()  # must come before the first import of mlx.core, wherever that is
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 # public name -> module that defines it
 _PUBLIC = {

@@ -24,8 +24,10 @@ COMMANDS = {
     "upload": "Publish a checkpoint on the Hugging Face Hub.",
     "info": "Say what a checkpoint, a PNG or this installation is.",
     "eval": "Measure FID, Inception Score, KID, precision and recall of a checkpoint or a folder of pictures.",
+    "geneval": "Draw GenEval's prompts, score pictures by its rules; DPG-Bench's scores from answers.",
     "stats": "Make the reference statistics of a data set that `eval` compares with.",
     "spectrum": "Measure a data set's spectrum, what the forcing does to it, and where a network's capacity goes.",
+    "app": "Open a page to draw, watch the forcing, compare, and follow runs.",
     "bench": "Measure speed and memory on this machine.",
     "selftest": "Check this device against the published code's numbers.",
 }

@@ -16,6 +16,7 @@ from .common.fields import check_types, choice, require
 PredParam = Literal["x", "v", "hybrid"]
 
 
+LossKind = Literal["velocity", "x0"]
 HybridMode = Literal["one_minus_t", "snr", "snr_inverse"]
 
 
@@ -33,11 +34,14 @@ class FlowConfig:
     P_mean: float = -0.8
     P_std: float = 0.8
     label_drop_prob: float = 0.1
+    loss: LossKind = "velocity"
 
     def __post_init__(self) -> None:
         check_types(self)
         choice("pred_param", self.pred_param, PredParam)
         choice("hybrid_x_weight_mode", self.hybrid_x_weight_mode, HybridMode)
+        choice("loss", self.loss, LossKind)
+        require(self.loss == "velocity" or self.pred_param == "x", "loss", self.loss, "velocity, unless x is predicted")
         require(self.noise_scale > 0, "noise_scale", self.noise_scale, "above 0")
         require(0 < self.t_eps <= 1, "t_eps", self.t_eps, "above 0, at most 1")
         require(self.P_std >= 0, "P_std", self.P_std, "0 or more")
@@ -122,4 +126,7 @@ def training_loss(
 ) -> mx.array:
     """Mean loss of images x in [-1, 1] with their condition (dropped already), times t and standard normal noise."""
     z = add_noise(x, noise, t, flow.noise_scale)
-    return flow_loss(velocity(network(z, t, condition), z, t, flow), x, z, t, flow).mean()
+    out = network(z, t, condition)
+    if flow.loss == "x0":
+        return mx.square(out - x).mean()
+    return flow_loss(velocity(out, z, t, flow), x, z, t, flow).mean()

@@ -46,9 +46,11 @@ MEASUREMENTS: dict[str, Measurement] = {
     "sample": Measurement("speed", "Guided samples", tables.timed, _rounds),
     "train": Measurement("speed", "A training step", tables.timed, _rounds),
     "fid": Measurement("speed", "Features and distances of an evaluation", tables.fid, _rounds),
+    "t2i": Measurement("speed", "Text to image", tables.t2i, _rounds),
     "convert": Measurement("speed", "Converting a checkpoint", tables.convert, _once),
     "profile": Measurement("speed", "Where the time of a step goes", tables.profile, _rounds),
     "memory": Measurement("memory", "Sampling and training", tables.memory, lambda r: "1 for each figure"),
+    "t2i-memory": Measurement("memory", "Text to image", tables.t2i_memory, lambda r: "1 for each figure"),
     "solvers": Measurement(
         "solvers", "Distance to the pictures of 1,000 Heun steps", tables.solvers, _once, plot_solvers
     ),

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..device.defaults import describe
+from .tables import Table
 
 Result = Mapping[str, Any]
 
@@ -26,6 +27,11 @@ def _figure(name: str, value: Any) -> str:
     if name == "flops":
         return f"{value / 1e9:,.1f} GFLOP"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def table_lines(tables: Sequence[Table]) -> list[str]:
+    """Tables in Markdown, each under its caption."""
+    return [line for table in tables for line in ("", table.caption, "", *table.markdown())]
 
 
 def forcing_lines(result: Result) -> list[str]:

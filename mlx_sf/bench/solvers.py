@@ -1,6 +1,6 @@
 """How far each solver's pictures are from those of 1,000 Heun steps, over the number of network evaluations."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,14 @@ from ..checkpoints.config import Config
 from ..checkpoints.load import demo_checkpoint, load_model
 from ..common.files import replacing
 from ..common.progress import Progress
+from ..data.captioned_scenes import caption, describe
 from ..device.defaults import compile_by_default
 from ..flow import FlowConfig, PredParam
+from ..models import Asked, build
 from ..models.jit import JiT
 from ..models.jit_sizes import model_config
+from ..models.mmjit import model_config as mmjit_config
+from ..models.text import TextConfig
 from ..sampling.noise import seeded_noise
 from ..sampling.sampler import Sampler
 from ..sampling.solvers import SampleConfig, evaluations
@@ -32,6 +36,8 @@ RANDOM: dict[str, dict[str, Any]] = {
     "random, hybrid": {"pred_param": "hybrid"},
 }
 # name -> (model, guidance scale)
+# text to image: an untrained MM-JiT of a laptop's size, without forcing, noise 2, as published
+T2I = "random, text to image"
 CASES: dict[str, tuple[str, float]] = {
     "demo model, no guidance": ("demo", 1.0),
     "demo model, guidance 2": ("demo", 2.0),
@@ -39,6 +45,7 @@ CASES: dict[str, tuple[str, float]] = {
     "random, no forcing, noise 2, guidance 2.9": ("random, x-prediction, no forcing, noise 2", 2.9),
     "random, v-prediction, guidance 2.9": ("random, v-prediction", 2.9),
     "random, hybrid, guidance 2.9": ("random, hybrid", 2.9),
+    "random, text to image, guidance 6": (T2I, 6.0),
 }
 
 
@@ -72,30 +79,62 @@ def random_network(
     return model, config
 
 
+def random_t2i(seed: int = 0) -> tuple[Any, Config]:
+    """A small untrained MM-JiT in which every parameter acts, with made-up features of its prompts."""
+    config = mmjit_config("nano", 8, 64, text=TextConfig("", 64, 16))
+    network = build(config, mx.random.key(seed))
+    weight = network.final_layer.linear.weight
+    drawn = mx.random.normal(weight.shape, key=mx.random.key(seed + 1))
+    network.update({"final_layer": {"linear": {"weight": 0.5 * drawn * weight.shape[1] ** -0.5}}})
+    rng = np.random.default_rng(seed)
+    features = {str(i): rng.standard_normal((8, 64), dtype=np.float32) for i in range(16)}
+    network.features = lambda prompts: [features[p] for p in prompts]
+    return network, Config(config, FlowConfig(noise_scale=2.0, t_eps=0.001))
+
+
+def _case(name: str) -> tuple[Any, Config]:
+    """The network of a case: the demo, a checkpoint by its path, an untrained one."""
+    if name == T2I:
+        return random_t2i()
+    if name in RANDOM:
+        return random_network(**RANDOM[name])
+    return load_model(demo_checkpoint() if name == "demo" else name)
+
+
+def _asked(config: Config, count: int) -> list[Asked]:
+    """Classes in turn; or prompts: of scenes where the network knows their words, else numbers of made-up ones."""
+    if config.model.num_classes:
+        return [i % config.model.num_classes for i in range(count)]
+    if config.model.text.words:
+        return [caption(describe(i)) for i in range(count)]
+    return [str(i) for i in range(count)]
+
+
 def measure_solvers(
-    cases: Iterable[str] = tuple(CASES),
+    cases: Mapping[str, tuple[str, float]] = CASES,
     images: int = 2,
     steps: Mapping[str, Sequence[int]] = STEPS,
     reference: tuple[str, int] = ("heun", 1000),
 ) -> dict[str, list[dict[str, Any]]]:
     """Root mean square distance, over pixels and images, of each solver's result from that of the `reference`.
 
-    All solve the same flow with the same noise, classes and bound of 1 - t. Returns, for each case, a row per solver
+    `cases` name a network, "demo", one of `RANDOM`, `T2I` or a checkpoint's path, and a guidance scale. All solve the
+    same flow with the same noise, classes and bound of 1 - t. Returns, for each case, a row per solver
     and number of steps: method, steps, evaluations of the network per image, distance (images are in [-1, 1]).
     """
     result: dict[str, list[dict[str, Any]]] = {}
     for case in cases:
-        name, cfg = CASES[case]
-        model, config = load_model(demo_checkpoint()) if name == "demo" else random_network(**RANDOM[name])
-        noise = seeded_noise(range(images), config.model.size)
-        classes = [i % config.model.num_classes for i in range(images)]
+        name, cfg = cases[case]
+        model, config = _case(name)
+        low = 0.1 if config.model.num_classes else 0.0  # the published intervals
+        noise, asked = seeded_noise(range(images), config.model.size), _asked(config, images)
         runs = [reference, *((method, n) for method, counts in steps.items() for n in counts)]
         with Progress(sum(n for _, n in runs), case, "steps") as bar:
             finished = []
             for method, n in runs:
-                sample = SampleConfig(method, n, cfg, 0.1, 1.0)  # type: ignore[arg-type]
+                sample = SampleConfig(method, n, cfg, low, 1.0)  # type: ignore[arg-type]
                 sampler = Sampler(model, config.flow, sample, compile_by_default())
-                for state in sampler.states(noise, classes):
+                for state in sampler.states(noise, asked):
                     mx.eval(state.z)
                     bar.update()
                 finished.append(np.array(state.z))
@@ -104,7 +143,7 @@ def measure_solvers(
             {
                 "method": method,
                 "steps": n,
-                "evaluations": evaluations(SampleConfig(method, n, cfg, 0.1, 1.0)),  # type: ignore[arg-type]
+                "evaluations": evaluations(SampleConfig(method, n, cfg, low, 1.0)),  # type: ignore[arg-type]
                 "distance": float(np.sqrt(np.mean((z - want) ** 2))),
             }
             for (method, n), z in zip(runs[1:], finished[1:], strict=True)

@@ -20,6 +20,8 @@ PARTS: dict[str, list[str]] = {
     "train": ["train"],
     "forcing": ["forcing"],
     "fid": ["fid"],
+    "t2i": ["t2i"],
+    "t2i-memory": ["t2i-memory"],
     "convert": ["convert"],
     "profile-sample": ["profile", "sample"],
     "profile-train": ["profile", "train"],

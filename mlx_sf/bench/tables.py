@@ -57,6 +57,53 @@ def timed(r: Result) -> list[Table]:
     return [Table(TIMED, (timed_row(r),))]
 
 
+def t2i(r: Result) -> list[Table]:
+    """A guided evaluation, the encoder, whole pictures."""
+    columns = (
+        "what",
+        "mlx-sf",
+        "PyTorch, attention written out",
+        "PyTorch, fused",
+        "ratios",
+        "share of product rate",
+        "peak memory",
+    )
+    share = f"{r['share_of_product_rate']:.0%}"
+    memory = _gigabytes(r["evaluation"]["mlx_peak_bytes"])
+    rows = [
+        _t2i_row("guided evaluation", r["evaluation"], share, memory),
+        _t2i_row(r["encoder"]["what"], r["encoder"], "", ""),
+    ]
+    drawn = tuple(
+        (
+            name,
+            str(p["evaluations"]),
+            f"{p['seconds']:.0f} s",
+            "drawn once" if p["measured"] else "estimated: evaluations x time",
+        )
+        for name, p in r["pictures"].items()
+    )
+    return [
+        Table(columns, tuple(rows), r["what"]),
+        Table(("one picture", "evaluations of the network", "time", ""), drawn, "Whole pictures, without the encoder"),
+    ]
+
+
+def _t2i_row(what: str, r: Result, share: str, memory: str) -> tuple[str, ...]:
+    names = ("mlx", "torch_explicit", "torch_fused")
+    times = [f"{r[f'{n}_seconds']:.2f} s ({r[f'{n}_spread']})" if f"{n}_seconds" in r else "" for n in names]
+    ratios = ", ".join(f"{r[f'{n}_over_mlx']:.2f}" for n in names[1:] if f"{n}_over_mlx" in r)
+    return what, *times, ratios, share, memory
+
+
+def t2i_memory(r: Result) -> list[Table]:
+    rows = tuple(
+        (c["what"], f"not measured: {c['error']}" if "error" in c else f"{c['mlx_peak'] / 1e9:.2f} GB")
+        for c in r["phases"]
+    )
+    return [Table(("phase", "peak of MLX's buffers"), rows, r["what"])]
+
+
 def profile(r: Result) -> list[Table]:
     low, high = r["spread"]
     rows = [("whole step", f"{r['seconds']:.3f} s ({low:.3f} to {high:.3f})", "")]

@@ -8,10 +8,11 @@ stands before LAYER differs from program to program.
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ from ..common.files import read_json, replacing
 from ..errors import MlxSfError, option
 from ..formats.tensor_file import Entry, TensorFile, write_tensor_file
 from ..models import ModelConfig, architecture, parameter_shapes
-from ..models.lora import A, LoRAConfig, is_layer, merge
+from ..models.lora import A, B, LoRAConfig, is_layer, merge
 from ..models.quantize import FLOATS
 from .checkpoint import Checkpoint
 from .config import AdapterInfo
 from .hub import fetch
+from .lora_files import is_down_up, read_down_up
 from .resolve import hub_name, resolve
 
 MODEL, CONFIG, ARGUMENTS = "adapter_model.safetensors", "adapter_config.json", "training_args.json"
@@ -43,7 +45,8 @@ _PLAIN = {"peft_type": "LORA", "use_dora": False, "use_rslora": False, "fan_in_f
 class Adapter:
     """An adapter in memory: `tensors` by the names of `models.lora`, float32; `base` names its model, "" if unknown.
 
-    `name` is for people, `scale` what it is multiplied by.
+    `name` is for people, `scale` what it is multiplied by. `beside` are pairs (B, A) for matrices that the network is
+    loaded without, as the understanding side of SenseNova-U1.
     """
 
     path: Path
@@ -52,15 +55,19 @@ class Adapter:
     tensors: Mapping[str, mx.array]
     base: str
     scale: float = 1.0
+    beside: Mapping[str, tuple[mx.array, mx.array]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.name} x {self.scale:g}"
 
 
 def read_adapters(
-    paths: Sequence[str | os.PathLike[str]], scales: Sequence[float], model: ModelConfig
+    paths: Sequence[str | os.PathLike[str] | Adapter], scales: Sequence[float], model: ModelConfig
 ) -> list[Adapter]:
-    """The adapters of these folders for a network, each with its scale: 1 where there are fewer scales than paths."""
+    """The adapters of these folders for a network, each with its scale: 1 where there are fewer scales than paths.
+
+    Those that are read already are taken as they are.
+    """
     if len(scales) > len(paths):
         raise MlxSfError(
             f"{option('lora_scales')}: {len(scales)} for {len(paths)} of {option('lora_paths')}, want at most one each"
@@ -69,7 +76,20 @@ def read_adapters(
         if not finite(s):
             raise MlxSfError(f"{option('lora_scales')} is {s}, want a finite number")
     padded = [*scales, *[1.0] * (len(paths) - len(scales))]
-    return [read_adapter(path, model, scale) for path, scale in zip(paths, padded, strict=True)]
+    return [
+        path if isinstance(path, Adapter) else read_adapter(path, model, scale)
+        for path, scale in zip(paths, padded, strict=True)
+    ]
+
+
+def merged_updates(adapters: Sequence[Adapter]) -> dict[str, list[tuple[mx.array, mx.array]]]:
+    """Pairs (B, A) by parameter, whose products work these adapters into a network's weights."""
+    updates: dict[str, list[tuple[mx.array, mx.array]]] = {}
+    for adapter in adapters:
+        for layer in adapter.lora.targets:
+            b = adapter.scale * adapter.lora.strength * adapter.tensors[layer + B]
+            updates.setdefault(f"{layer}.weight", []).append((b, adapter.tensors[layer + A]))
+    return updates
 
 
 def read_adapter(path: str | os.PathLike[str], model: ModelConfig, scale: float = 1.0) -> Adapter:
@@ -78,6 +98,10 @@ def read_adapter(path: str | os.PathLike[str], model: ModelConfig, scale: float 
     Pairs for layers of published networks that have no effect are left out. Raises `MlxSfError` for what is incomplete,
     not finite, or of another network.
     """
+    if (single := _single_file(path)) is not None:
+        file_path, name = single
+        found_in = read_down_up(file_path, model)
+        return Adapter(file_path, name, found_in.lora, found_in.tensors, "", scale, found_in.beside)
     folder, name = _found(path)
     settings = read_json(folder / CONFIG)
     for setting, want in _PLAIN.items():
@@ -112,6 +136,35 @@ def read_adapter(path: str | os.PathLike[str], model: ModelConfig, scale: float 
     arguments = read_json(folder / ARGUMENTS) if (folder / ARGUMENTS).is_file() else {}
     base = arguments.get("base_model") or settings.get("base_model_name_or_path")
     return Adapter(folder, name, lora, tensors, base if isinstance(base, str) else "", scale)
+
+
+def adapter_facts(named: str | os.PathLike[str]) -> dict[str, Any]:
+    """What an adapter's folder holds, by its files alone, for people."""
+    folder, _ = _found(named)
+    settings, file = read_json(folder / CONFIG), TensorFile(folder / MODEL, foreign=True)
+    layers = {m["layer"] for key in file.entries if (m := _KEY.fullmatch(key))}
+    arguments = read_json(folder / ARGUMENTS) if (folder / ARGUMENTS).is_file() else {}
+    return {
+        "file": f"{file.path} (adapter, {file.size / 1e6:.1f} MB)",
+        "adapter": f"rank {settings.get('r')}, alpha {settings.get('lora_alpha') or 0:g}, {len(layers)} layers",
+        "parameters": f"{sum(math.prod(e.shape) for e in file.entries.values()):,}",
+        "base": arguments.get("base_model") or settings.get("base_model_name_or_path") or "not stated",
+    }
+
+
+def _single_file(named: str | os.PathLike[str]) -> tuple[Path, str] | None:
+    """The one file of an adapter with lora_down and lora_up, and what to call it; None where it has a folder's form."""
+    path = Path(named).expanduser()
+    if not path.exists() and str(named).endswith(".safetensors") and not str(named).endswith(MODEL):
+        place = hub_name(named)
+        if place is None:
+            return None
+        fetched = fetch(place)
+        return (fetched.path, f"{place} at commit {fetched.commit}") if is_down_up(fetched.path) else None
+    if path.is_dir() and not (path / CONFIG).is_file():
+        files = sorted(path.glob("*.safetensors"))
+        path = files[0] if len(files) == 1 else path
+    return (path, path.name) if path.name != MODEL and is_down_up(path) else None
 
 
 def _found(named: str | os.PathLike[str]) -> tuple[Path, str]:

@@ -21,6 +21,7 @@ from ..formats.tensor_file import Entry
 from ..models import Architecture, Shapes, architecture, parameter_shapes
 from ..models.quantize import FLOATS, stored
 from .config import Config
+from .u1_files import PublishedFile, is_published
 
 WEIGHT_SETS = ("model", "ema1", "ema2")
 
@@ -69,7 +70,7 @@ class Checkpoint:
     """An opened checkpoint: its `config` at once, `weights(...)` and `extra()` when asked for."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.file = open_tensors(path)
+        self.file = PublishedFile(Path(path)) if is_published(Path(path)) else open_tensors(path)
         self.path = self.file.path
         self.config = Config.from_json(self.file.text, str(self.path))
         self._check_sizes()

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from ..common.fields import check_types, from_mapping, require
-from ..errors import MlxSfError
+from ..errors import MlxSfError, option
 from ..flow import FlowConfig
 from ..models import architecture
 from ..models.lora import LoRAConfig
 from ..models.quantize import QuantizationConfig
 from ..sampling.solvers import SampleConfig
+from ..spectral import ForcingConfig
 
 FORMAT = "mlx-sf checkpoint"
 VERSION = 2
@@ -80,6 +81,30 @@ class Config:
         if self.quantization is not None:
             self.quantization.check(architecture(self.model))
             require(self.adapter is None, "quantization", self.quantization, "none of an adapter")
+
+    def at(self, height: int | None = None, width: int | None = None) -> "Config":
+        """The same for pictures of another size, with the noise that goes with it; None leaves a side as it is.
+
+        Raises `MlxSfError` where the network draws its own size only.
+        """
+        kind, own = architecture(self.model), self.model.size
+        size = own[0] if height is None else height, own[1] if width is None else width
+        if size == own:
+            return self
+        if kind.resized is None:
+            raise MlxSfError(
+                f"{option('height')}, {option('width')}: {size[0]} x {size[1]} pixels, but {self.name} draws "
+                f"{own[0]} x {own[1]} only: leave them out"
+            )
+        model = kind.resized(self.model, size)
+        scale = self.flow.noise_scale if kind.noise_at is None else kind.noise_at(model)
+        return dataclasses.replace(self, model=model, flow=dataclasses.replace(self.flow, noise_scale=scale))
+
+    def forced(self) -> "Config":
+        """The same network with the published Spectral Forcing put in front of it, which it was not trained with."""
+        if self.model.forcing is not None:
+            raise MlxSfError(f"{self.name}: has Spectral Forcing already: leave out {option('forcing')}")
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, forcing=ForcingConfig()))
 
     def to_json(self) -> str:
         """The text that `from_json` reads, version 2."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import __version__
 from ..device.defaults import DTYPES
-from ..errors import MlxSfError
+from ..errors import MlxSfError, option
 from ..formats.shards import check_target
 from ..formats.tensor_file import Entry, bits_of
 from ..models import cast_products, parameter_shapes
@@ -55,6 +55,7 @@ def quantize_checkpoint(
         entries += [
             dataclasses.replace(e, name=stored_name(config, name, e.name)) for e in quantized_entries(floats, q, kind)
         ]
+    entries += [e for key, e in checkpoint.file.entries.items() if kind.companions and key.startswith(kind.companions)]
     write_checkpoint(target, counted(entries, on_tensor), config)
     return config
 
@@ -91,6 +92,11 @@ def export(
     """
     checkpoint = Checkpoint(resolve(source))
     name, config = checkpoint.pick(weights), checkpoint.config
+    if checkpoint.kind.companions:
+        raise MlxSfError(
+            f"{checkpoint.path}: is a {checkpoint.kind.title}, which `mlx-sf convert` writes smaller; its adapters are "
+            f"merged when it is loaded, with {option('merge_lora')}"
+        )
     floats, made = whole_weights(checkpoint, name), dict(config.provenance)
     if config.adapter is not None:
         made |= {"adapter": str(config.adapter.lora), "base": config.adapter.base_name}

@@ -3,7 +3,6 @@
 The client's own environment variables hold: HF_TOKEN, HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE, and those of its progress.
 """
 
-import contextlib
 import errno
 import glob
 import shutil
@@ -120,8 +119,10 @@ def listing(name: HubName) -> Listing:
     return _told(ask, name, lambda reason: _cached_listing(name, reason))
 
 
-def fetch(name: HubName, also: Sequence[str] = ()) -> Fetched:
+def fetch(name: HubName, also: Sequence[str] = (), copies: int = 2) -> Fetched:
     """Fetch the one model that a name means; only its weights and the JSON beside them, `also` by their names.
+
+    `copies` is how often it will lie on the disk: 2 where it is going to be converted.
 
     `MlxSfError` where the name means none or several, what is there is no network of ours, the Hub refuses, or the
     disk is too small; a file whose SHA-256 is not the Hub's is removed again.
@@ -138,7 +139,7 @@ def fetch(name: HubName, also: Sequence[str] = ()) -> Fetched:
     if not missing:
         return Fetched(here[weights], where, found.commit)
     size = found.size(missing)
-    _check_space(name, size)
+    _check_space(name, size, copies)
     tell(f"{name}: downloading {size / 1e6:,.1f} MB ({', '.join(PurePosixPath(f).name for f in files[:3])})")
 
     def download() -> Path:
@@ -191,14 +192,18 @@ def _described_by(found: Listing, model: str, also: Sequence[str] = ()) -> list[
 
 def cached(repo: str, path: str) -> Path | None:
     """The newest copy of a place of a repository that is in the cache with weights; None where there is none."""
-    from huggingface_hub import constants
-
-    folder = Path(constants.HF_HUB_CACHE) / ("models--" + repo.replace("/", "--")) / "snapshots"
-    for snapshot in sorted(folder.glob("*"), key=lambda p: p.stat().st_mtime, reverse=True):
+    for snapshot in sorted((_cache_of(repo) / "snapshots").glob("*"), key=lambda p: p.stat().st_mtime, reverse=True):
         place = snapshot / path
-        if place.is_file() or any(p.name.endswith(WEIGHTS) for p in _files(place)):
+        if place.is_file() or any(p.name.endswith(WEIGHTS) or p.name == ORBAX_MANIFEST for p in _files(place)):
             return place
     return None
+
+
+def _cache_of(repo: str) -> Path:
+    """The folder of a repository in the client's cache."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / ("models--" + repo.replace("/", "--"))
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -213,14 +218,12 @@ def _in_cache(repo: str, commit: str, file: str) -> Path | None:
 
 
 def _cached_listing(name: HubName, why: str) -> Listing:
-    """What the cache holds of a repository: `snapshot_download` without a network."""
-    from huggingface_hub import snapshot_download
-
-    sizes: dict[str, int] = {}
-    with contextlib.suppress(Exception):  # nothing of the repository is here
-        folder = Path(snapshot_download(name.repo, revision=name.revision, local_files_only=True))
-        sizes = {str(p.relative_to(folder)): p.stat().st_size for p in _files(folder)}
-    if not any(p.endswith(WEIGHTS) and within(p, name.path) for p in sizes):
+    """What the cache holds of a repository. The client itself refuses one of which only some models were fetched."""
+    place = _cache_of(name.repo)
+    ref = place / "refs" / name.revision
+    folder = place / "snapshots" / (ref.read_text().strip() if ref.is_file() else name.revision)
+    sizes = {str(p.relative_to(folder)): p.stat().st_size for p in _files(folder)}
+    if not any((p.endswith(WEIGHTS) or _is_orbax(p)) and within(p, name.path) for p in sizes):
         raise MlxSfError(
             f"{name}: no file or folder here, is not in the cache, and there is no network ({why}): go online once"
         )
@@ -229,16 +232,17 @@ def _cached_listing(name: HubName, why: str) -> Listing:
     return Listing(name, folder.name, sizes, {}, folder)
 
 
-def _check_space(name: HubName, size: int) -> None:
+def _check_space(name: HubName, size: int, copies: int) -> None:
     from huggingface_hub import constants
 
     place = Path(constants.HF_HUB_CACHE)
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
-    if 2 * size > free:  # the download, and its conversion
+    if copies * size > free:
+        conversion = " with its conversion" if copies > 1 else ""
         raise MlxSfError(
-            f"{name}: needs {2 * size / 1e9:,.1f} GB with its conversion, {place} has {free / 1e9:,.1f} GB left: "
+            f"{name}: needs {copies * size / 1e9:,.1f} GB{conversion}, {place} has {free / 1e9:,.1f} GB left: "
             "free some space, or set HF_HOME and MLX_SF_CACHE to folders on a larger disk"
         )
 

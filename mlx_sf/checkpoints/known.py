@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..flow import published_noise_scale
-from ..models import mmjit, mmjit_mf
+from ..models import mmjit, mmjit_mf, u1_config
 from ..models.jit_sizes import SIZES, find_size, model_config
 
 
@@ -60,6 +60,8 @@ class Known:
         size, _, patch = self.size.partition("/")
         if self.architecture == "jit":
             return model_config(self.size, img_size=self.image, num_classes=1000, forcing=None)
+        if self.architecture == "sensenova_u1":
+            return u1_config.PUBLISHED[self.size]
         config = mmjit.model_config(size, int(patch), self.image)
         return config if self.architecture == "mmjit" else mmjit_mf.MMJiTMFConfig(**vars(config))
 
@@ -74,6 +76,7 @@ VERIFIED = {
     "fdloss": "forward pass and picture equal to golden numbers in this layout, with a tiny network",
     "minit2i": "forward pass and pictures equal to golden numbers in this layout, with a tiny network",
     "orbax": "forward pass equal to golden numbers in this layout, with a tiny network; needs `tensorstore`",
+    "u1": "layers, pictures, token ids and all keys equal to golden numbers in this layout, with tiny networks",
     "student": "forward pass and four steps equal to golden numbers, with a tiny network; the file's tree was not seen",
     "pth": "the reader and the key table are tested with files of the published trainer's form",
 }
@@ -117,6 +120,18 @@ def _t2i(
     )
 
 
+def _u1(name: str, repo: str, size: str, gb: float, note: str = "") -> Known:
+    sampling = {"method": "euler", "steps": 50, "cfg": 4.0, "shift": 3.0}
+    licence, architecture = "Apache-2.0 (code)", "sensenova_u1"
+    return Known(name, f"sensenova/{repo}", "", size, 2048, gb, licence, "", "u1", sampling, note, "", architecture)
+
+
+U1S = (
+    _u1("sensenova-u1", "SenseNova-U1-8B-MoT", "U1-8B", 35.1),
+    _u1("sensenova-u1-sft", "SenseNova-U1-8B-MoT-SFT", "U1-8B", 35.1),
+    _u1("sensenova-u1.5", "SenseNova-U1.5-8B-MoT", "U1.5-8B", 35.1, "an earlier upload took 50 GB"),
+)
+
 KNOWN = (
     _jit("B", 16, 256, 0.525, 3.0, 3.66),
     _jit("L", 16, 256, 1.837, 2.4, 2.36),
@@ -157,6 +172,7 @@ KNOWN = (
         "four steps, one evaluation each",
         architecture="mmjit_mf",
     ),
+    *U1S,
 )
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from ..flow import velocity
 from ..models import build, cast_products, parameter_count, parameter_shapes
 from ..models.lora import add_adapter
 from ..models.quantize import dequantized, quantize_layers
+from ..models.u1_config import U1Config
 from ..sampling.noise import seeded_noise
 from .adapters import open_base
 from .checkpoint import Checkpoint
 from .config import Config
 from .resolve import resolve
+from .two_phase import Prefixes
 
 
 def demo_checkpoint() -> Path:
@@ -35,13 +38,14 @@ def load_model(
     weights: str | None = None,
     dtype: mx.Dtype | None = None,
     dequantize: bool = False,
+    updates: Mapping[str, Sequence[tuple[mx.array, mx.array]]] | None = None,
 ) -> tuple[Any, Config]:
     """The network of a checkpoint (opened, or a path, run folder or Hugging Face repo id) and its configuration.
 
     `weights` picks a set ("model", "ema1", "ema2"; default ema1 where there is one); the configuration returned names
     just that one. An adapter comes with the network that it belongs to. Weights are float32, or with `dtype` the matrix
     products run in it (`models.cast_products`). Quantised weights stay so, unless `dequantize` expands them to floats,
-    as the configuration returned then says.
+    as the configuration returned then says. `updates` are pairs (B, A) by parameter, whose products are added to it.
     """
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(resolve(source))
     name, kind = checkpoint.pick(weights), checkpoint.kind
@@ -58,6 +62,10 @@ def load_model(
         quantize_layers(model, config.quantization, kind)
     loaded = []
     for key, value in stream:
+        for b, a in (updates or {}).get(key, ()):
+            if value.dtype == mx.uint32:
+                raise MlxSfError(f"{checkpoint.path}: {key} is quantised: leave out {option('merge_lora')}")
+            value = value.astype(mx.float32) + b @ a
         if value.dtype != mx.uint32:  # codes of quantised weights stay what they are
             value = cast_products({key: value}, dtype or mx.float32, kind)[key]
         mx.eval(value)  # one by one: in bfloat16 a network takes half of its float32 file's size, not one and a half
@@ -69,8 +77,14 @@ def load_model(
 def verify_checkpoint(path: str | os.PathLike[str]) -> dict[str, str]:
     """Run every weight set of a checkpoint once; returns a line for each. Raises `MlxSfError` where one fails."""
     results = {}
-    for name in Checkpoint(resolve(path)).config.weights:
-        model, config = load_model(path, name)
+    opened = Checkpoint(resolve(path))
+    if isinstance(opened.config.model, U1Config):  # any size does: a small one
+        side = 8 * opened.config.model.token_size
+        opened.config = opened.config.at(side, side)
+    for name in opened.config.weights:
+        model, config = load_model(opened, name)
+        if isinstance(config.model, U1Config):
+            model.features = Prefixes(opened)
         leaves: Any = tree_flatten(model.parameters())
         # of quantised weights and adapters every tensor was there, too: `load_model` is strict
         want = parameter_count(config.model)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
+from ..common.progress import tell
 from ..common.world import World
 from ..device.defaults import dequantize_by_default, dtype_name, pick_dtype
 from ..errors import MlxSfError
@@ -23,12 +24,14 @@ from ..sampling.output import finite_images
 from ..sampling.request import Request, make_request, prompt_request, with_solver
 from ..sampling.sampler import Sampler
 from ..sampling.solvers import State
-from .adapters import read_adapters
+from .adapters import Adapter, merged_updates, read_adapters
 from .checkpoint import Checkpoint
 from .config import Config
+from .features import features_of
 from .load import demo_checkpoint, load_model
 from .resolve import resolve
-from .text_encoder import EncoderPrecision, TextFeatures, text_features
+from .text_encoder import EncoderPrecision, TextFeatures
+from .two_phase import Prefixes
 
 
 def load(
@@ -37,10 +40,15 @@ def load(
     weights: str | None = None,
     dtype: str | None = None,
     dequantize: bool | None = None,
-    text_encoder: str | os.PathLike[str] | TextFeatures | None = None,
+    text_encoder: str | os.PathLike[str] | TextFeatures | Prefixes | None = None,
     text_encoder_precision: EncoderPrecision = "float32",
-    lora_paths: Sequence[str | os.PathLike[str]] = (),
+    lora_paths: Sequence[str | os.PathLike[str] | Adapter] = (),
     lora_scales: Sequence[float] = (),
+    merge_lora: bool = False,
+    height: int | None = None,
+    width: int | None = None,
+    forcing: bool = False,
+    system_message: str | os.PathLike[str] | None = None,
 ) -> "Pipeline":
     """Load a checkpoint to draw from.
 
@@ -56,26 +64,39 @@ def load(
         text_encoder_precision: "float32", as published, "bfloat16" or "8-bit".
         lora_paths: low-rank adapters for it, folders or places on the Hub. lora_scales: what each is multiplied by; 1
             where there is none.
+        merge_lora: work the adapters into the weights, which must be floats, instead of keeping them apart.
+        height, width: of the pictures in pixels, for a model that draws any size; None is the checkpoint's own.
+        forcing: put the published Spectral Forcing before a network that was trained without: an ablation.
+        system_message: of SenseNova-U1, a file; None is the published one.
 
     Raises `MlxSfError` for anything that is not a complete checkpoint, and for adapters of another network.
     """
     checkpoint = (
         path if isinstance(path, Checkpoint) else Checkpoint(demo_checkpoint() if path is None else resolve(path))
     )
-    text = getattr(checkpoint.config.model, "text", None)
-    features = text_encoder if isinstance(text_encoder, TextFeatures) else text_features(
-        text, text_encoder, text_encoder_precision
-    )  # fmt: skip
+    checkpoint.config = drawn_as(checkpoint.config, height, width, forcing)
     adapters = read_adapters(lora_paths, lora_scales, checkpoint.config.model)
+    features = text_encoder if isinstance(text_encoder, TextFeatures | Prefixes) else features_of(
+        checkpoint, text_encoder, text_encoder_precision, system_message, dtype, adapters
+    )  # fmt: skip
+    for note in features.notes() if isinstance(features, Prefixes) else ():
+        tell(note)
     expand = dequantize_by_default() if dequantize is None else dequantize
-    network, config = load_model(checkpoint, weights, pick_dtype(dtype), expand)
+    updates = merged_updates(adapters) if merge_lora else None
+    network, config = load_model(checkpoint, weights, pick_dtype(dtype), expand, updates)
     if features is not None:
         network.features = features
     # what is drawn is what the file holds, expanded or not: pictures say how it was quantised
     config = dataclasses.replace(config, quantization=checkpoint.config.quantization)
-    for adapter in adapters:
+    for adapter in adapters if not merge_lora else ():
         add_adapter(network, adapter.lora, adapter.tensors, adapter.scale)
     return Pipeline(network, config, checkpoint.path, dtype_name(pick_dtype(dtype)), tuple(map(str, adapters)))
+
+
+def drawn_as(config: Config, height: int | None = None, width: int | None = None, forcing: bool = False) -> Config:
+    """The configuration for pictures of this size, with Spectral Forcing in front where it was not."""
+    config = config.at(height, width)
+    return config.forced() if forcing else config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +221,8 @@ def request_for(
     for w in wanted or ():
         if not isinstance(w, str):
             raise MlxSfError(f"{config.name}: draws from prompts, want texts, got {w!r}")
-    return prompt_request([str(w) for w in wanted or ()], num_images, seed, size, noise, rng)
+    verbatim = architecture(config.model).verbatim
+    return prompt_request([str(w) for w in wanted or ()], num_images, seed, size, noise, rng, verbatim)
 
 
 def default_batch(config: Config) -> int:

@@ -18,7 +18,7 @@ from ..common.text import first_line
 from ..errors import MlxSfError, option
 from ..formats.shards import SHARD_BYTES
 from ..formats.tensor_file import Entry
-from ..models import parameter_count
+from ..models import Architecture, architecture, parameter_count
 from ..models.quantize import describe
 from ..sampling.class_names import ClassNames
 from ..spectral import describe_forcing
@@ -41,12 +41,13 @@ class Words:
     """What the card says that the checkpoint does not know.
 
     `licence` is that of the weights. `command` gives the command line that draws: for the classes of the picture with
-    seed 0 into demo.png, or for none in particular. `base_model` is the repository that they were made from and
-    `relation` how ("finetune", "quantized"), "" where there is none. `record` is one that `mlx-sf eval` wrote.
+    seed 0 into demo.png, or for none in particular; with a second argument, for a prompt. `base_model` is the
+    repository that they were made from and `relation` how ("finetune", "quantized"), "" where there is none. `record`
+    is one that `mlx-sf eval` wrote.
     """
 
     licence: str
-    command: Callable[[Sequence[str]], str]
+    command: Callable[..., str]
     base_model: str = ""
     relation: str = ""
     record: Mapping[str, Any] | None = None
@@ -128,17 +129,17 @@ def _draw(folder: Path) -> tuple[Image.Image, list[str]] | None:
 
 def card(config: Config, repo: str, words: Words, digests: Mapping[str, str], drawn: Sequence[str]) -> str:
     """README.md of the repository: the header that the Hub reads, and what people want to know."""
-    forcing, model = config.model.forcing, config.model
+    forcing, model, kind = config.model.forcing, config.model, architecture(config.model)
     imagenet = ClassNames.of(model.num_classes or 0, config.class_names).wnids != ()
     relation = words.relation or ("quantized" if config.quantization is not None and words.base_model else "")
     header: dict[str, Any] = {
         "license": words.licence,
         "library_name": "mlx",
-        "pipeline_tag": "unconditional-image-generation",
+        "pipeline_tag": "text-to-image" if kind.reads_text else "unconditional-image-generation",
         **({"base_model": words.base_model} if words.base_model else {}),
         **({"base_model_relation": relation} if words.base_model and relation else {}),
         **({"datasets": ["ILSVRC/imagenet-1k"]} if imagenet else {}),
-        "tags": ["mlx", "mlx-sf", "jit", "pixel-space", "class-conditional", "flow-matching"]
+        "tags": ["mlx", "mlx-sf", kind.name, "pixel-space", *_conditional(kind), "flow-matching"]
         + (["imagenet"] if imagenet else [])
         + (["spectral-forcing"] if forcing else []),
         **({"widget": [{"text": _label(config, drawn[0]), "output": {"url": "demo.png"}}]} if drawn else {}),
@@ -153,7 +154,7 @@ def card(config: Config, repo: str, words: Words, digests: Mapping[str, str], dr
         f"written by mlx-sf {__version__}.",
         "",
         "```bash",
-        words.command(()),
+        words.command((), "a red star") if kind.reads_text else words.command(()),
         "```",
         "",
         "| setting | value |",
@@ -167,15 +168,22 @@ def card(config: Config, repo: str, words: Words, digests: Mapping[str, str], dr
         f"| guidance | {s.cfg:g} for t in ({s.cfg_low:g}, {s.cfg_high:g}) |",
         f"| noise scale | {config.flow.noise_scale:g} |",
     ]
+    if kind.reads_text:
+        reads = f"{len(model.text.words)} words of its own" if model.text.words else model.text.encoder
+        lines += [f"| text | {model.text.length} places, {reads} |"]
     if config.class_names:
         names = ", ".join(config.class_names[:12]) + (" ..." if len(config.class_names) > 12 else "")
         lines += [f"| classes | {len(config.class_names)}: {names} |"]
     lines += ["", *_measured(words.record), *_origin(config, words, digests)]
     if imagenet:
         lines += [_IMAGENET, "", "Faces and people are this kind of network's weak side.", ""]
-    lines += ["JiT: Li and He, Back to Basics: Let Denoising Generative Models Denoise, arXiv 2511.13720."]
+    lines += [kind.citation] if kind.citation else []
     lines += ["Spectral Forcing: arXiv 2606.15236."] if forcing else []
     return "\n".join(lines) + "\n"
+
+
+def _conditional(kind: Architecture) -> list[str]:
+    return [] if kind.reads_text else ["class-conditional"]
 
 
 def _label(config: Config, number: str) -> str:

@@ -16,26 +16,30 @@ from ..errors import MlxSfError, option
 from ..formats.orbax import ORBAX_MANIFEST, orbax_folder
 from ..formats.shards import index_of
 from ..formats.tensor_file import SUFFIXES, TensorFile
+from ..models.bpe import FILES
 from ..models.quantize import QuantizationConfig
 from . import hub
 from .checkpoint import step_files
-from .convert import diffusers, jit, minit2i
+from .convert import diffusers, jit, minit2i, sensenova_u1
 from .convert.report import Report
-from .known import Known, assumed, at, by_name, default_in
+from .known import U1S, Known, assumed, at, by_name, default_in
 from .names import HubName, parse
+from .u1_files import is_published
 
 TORCH_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a name stands for: a checkpoint of mlx-sf ("own"), or one that has to be converted.
+    """What a name stands for: a checkpoint of mlx-sf ("own"), or one of others.
+
+    Those are converted before use, but for SenseNova-U1 ("u1"), which is read where it lies.
 
     `where` names it in messages. `origin` is the place and commit of one from the Hub, `known` its row in the table.
     """
 
     path: Path
-    kind: Literal["own", "torch", "diffusers", "orbax"]
+    kind: Literal["own", "torch", "diffusers", "orbax", "u1"]
     where: str
     folder: diffusers.Folder | None = None
     known: Known | None = None
@@ -62,7 +66,7 @@ def resolve(path: str | os.PathLike[str], settings: Mapping[str, Any] | None = N
     """
     found = locate(path)
     given = {name: value for name, value in (settings or {}).items() if value is not None}
-    if found.kind == "own":
+    if found.kind in ("own", "u1"):
         if given:
             flag = option(next(iter(given)))
             raise MlxSfError(f"{found.where}: says its settings itself: leave out {flag}")
@@ -81,7 +85,9 @@ def locate(path: str | os.PathLike[str]) -> Found:
     elif not name.path and (known := default_in(name.repo)):
         tell(f"{path}: holds several models, taking {known.path}: name another as {name.repo}/FOLDER")
         name = replace(name, path=known.path)
-    fetched = hub.fetch(name)
+    # a SenseNova-U1 is used where it lies, all others are converted into a second copy
+    copies = 1 if (known or at(name.repo, name.path)) in U1S else 2
+    fetched = hub.fetch(name, also=FILES, copies=copies)
     origin = {"repo": str(HubName(fetched.name.repo, fetched.name.path)), "commit": fetched.commit}
     known = known or at(fetched.name.repo, fetched.name.path)
     return replace(_at(fetched.path, str(fetched.name)), known=known, origin=origin)
@@ -117,6 +123,8 @@ def _at(p: Path, where: str) -> Found:
     if p.name == ORBAX_MANIFEST:
         return Found(p.parent, "orbax", where)
     if _is_foreign(p):
+        if is_published(p):
+            return Found(p, "u1", where)
         return Found(p, "diffusers", where, diffusers.find(p))
     return Found(p, "own", where)
 
@@ -201,6 +209,10 @@ def convert_found(
     weights: Sequence[str] | None = None,
 ) -> Report:
     """Convert what was found, by its network and layout; `weights` choose among the sets of a `.pth`."""
+    if found.kind == "u1":
+        return sensenova_u1.convert(
+            found.path, target, weights, dtype, settings, on_tensor, quantization, found.where, found.origin
+        )
     if found.kind == "orbax" or minit2i.is_minit2i(found.path, found.folder):
         return minit2i.convert(
             found.path, found.folder, target, weights, dtype, settings, on_tensor, quantization, found.where,

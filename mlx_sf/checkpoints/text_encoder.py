@@ -117,6 +117,11 @@ class TextFeatures:
         self._opened: tuple[EncoderFiles, T5Config, FeatureStore] | None = None
         self._recent: dict[str, np.ndarray] = {}
 
+    @staticmethod
+    def width_of(encoder: str | os.PathLike[str]) -> int:
+        """Numbers that an encoder gives for a token."""
+        return T5Config.read(find_encoder(encoder).config).d_model
+
     def _open(self) -> tuple[EncoderFiles, T5Config, FeatureStore]:
         if self._opened is None:
             files = find_encoder(self.encoder)

@@ -114,6 +114,44 @@ def _command_line(context: click.Context) -> str:
     return " ".join(words)
 
 
+_t2i_size = click.option("--size", default="B/16", show_default=True, help="Text-to-image network, such as B/16.")
+_t2i_img = click.option("--img-size", type=int, default=512, show_default=True, help="Side of the pictures in pixels.")
+
+
+@command.command()
+@_t2i_size
+@_t2i_img
+@_dtype
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Runs of each, by turns.")
+@click.option("--pictures", is_flag=True, help="Also draw whole pictures, 100 Euler steps among them.")
+@_peer
+@measurement
+def t2i(size: str, img_size: int, dtype: str | None, rounds: int, pictures: bool, peer: bool) -> Measured:
+    """Text to image: a guided evaluation and the encoder, against PyTorch and the product rate."""
+    from ..bench.report import table_lines
+    from ..bench.t2i import measure_t2i
+    from ..bench.tables import t2i as tables
+
+    result = measure_t2i(size, img_size, pick_dtype(dtype), rounds, peer, pictures)
+    return result, lambda r: table_lines(tables(r))
+
+
+@command.command("t2i-memory")
+@_t2i_size
+@_t2i_img
+@measurement
+def t2i_memory(size: str, img_size: int) -> Measured:
+    """Text to image: peak memory of the encoder, of the network, and of an adapter in training."""
+    from ..bench.report import table_lines
+    from ..bench.t2i import PHASES, measure_t2i_memory
+    from ..bench.tables import t2i_memory as tables
+
+    with Progress(len(PHASES), "measuring", "phases") as bar:
+        phases = list(measure_t2i_memory(size, img_size, bar.update))
+    result = {"what": f"MM-JiT {size} at {img_size} pixels with FLAN-T5-Large, made-up weights", "phases": phases}
+    return result, lambda r: table_lines(tables(r))
+
+
 @command.command()
 @_size
 @_img
@@ -166,16 +204,18 @@ def sample(
     "--output", "-o", default="solvers.png", show_default=True, help="The figure; NAME.json holds the numbers."
 )
 @click.option("--images", type=click.IntRange(1), default=2, show_default=True, help="Images of each case.")
+@click.option("--ckpt", help="Measure this file or run folder alone. [default: the demo and untrained networks]")
+@click.option("--cfg", type=float, default=1.0, show_default=True, help="Guidance scale for --ckpt.")
 @measurement
-def solvers(output: str, images: int) -> Measured:
+def solvers(output: str, images: int, ckpt: str | None, cfg: float) -> Measured:
     """Distance of each solver's pictures to those of 1,000 Heun steps, over network evaluations: a figure, a table."""
     from ..bench.report import solver_lines
-    from ..bench.solvers import measure_solvers, plot_solvers
+    from ..bench.solvers import CASES, measure_solvers, plot_solvers
 
     path = Path(output).with_suffix(".png")
     for target in (path, path.with_suffix(".json")):
         check_writable(target)
-    result = measure_solvers(images=images)
+    result = measure_solvers(CASES if ckpt is None else {f"{ckpt}, guidance {cfg:g}": (ckpt, cfg)}, images)
     plot_solvers(path, result)
     with replacing(path.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(result, indent=1))

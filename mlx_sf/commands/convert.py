@@ -16,6 +16,7 @@ from ..common.progress import Progress
 from ..errors import MlxSfError
 from ..formats.tensor_file import SUFFIXES
 from ..metrics.inception_weights import convert_inception_file, is_inception_file
+from ..models import architecture
 from ..models.quantize import describe
 from .options import go_offline, offline_option
 
@@ -119,7 +120,10 @@ def command(
     offline: bool,
     **fields: Any,
 ) -> None:
-    """Turn SOURCE, a JiT or MiniT2I checkpoint, into TARGET, an .npz or .safetensors file with its configuration.
+    """Turn SOURCE into TARGET, an .npz or .safetensors file with its configuration.
+
+    SOURCE is a JiT, MiniT2I or SenseNova-U1 checkpoint. SenseNova-U1 becomes 8 bits unless --dtype or --quantize says
+    otherwise.
 
     SOURCE is a PyTorch checkpoint (.pth, .pt), a folder in a diffusers layout, an Orbax folder of JAX, a name of
     `mlx-sf models`, or a place on the Hugging Face Hub, org/name/folder.
@@ -174,10 +178,13 @@ def _print(source: str, report: Report) -> None:
     m = c.model
     text = getattr(m, "text", None)
     reads = f"{m.num_classes} classes" if text is None else f"text places {text.length} of {text.width}"
+    size = f"{m.size[0]} px"
+    if architecture(m).resized is not None:
+        size, reads = "any size", "prompts by its understanding side"
     kind = "vanilla" if m.forcing is None else "forced"
     click.echo(f"{source}: {report.layout} layout, weights {', '.join(c.weights)}")
     click.echo(
-        f"  {c.name}, {kind}: {m.img_size} px, patch {m.patch_size}, depth {m.depth}, width {m.hidden_size}, "
+        f"  {c.name}, {kind}: {size}, patch {m.patch_size}, depth {m.depth}, width {m.hidden_size}, "
         f"{m.num_heads} heads, {reads}, {report.parameters:,} parameters"
     )
     for origin, settings in report.origin.items():

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from ..checkpoints.adapters import CONFIG as ADAPTER_CONFIG
+from ..checkpoints.adapters import adapter_facts
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.convert import minit2i
 from ..checkpoints.hub import cached, listing
@@ -50,6 +52,8 @@ def command(path: str | None, as_json: bool, offline: bool) -> None:
         facts = _hub_facts(place)
     elif (folder := orbax_folder(Path(path).expanduser())) is not None:
         facts = _orbax_facts(folder)
+    elif (Path(path) / ADAPTER_CONFIG).is_file():
+        facts = adapter_facts(Path(path))
     elif (Path(path) / "config.json").is_file() and (Path(path) / "tokenizer.json").is_file():
         facts = _encoder_facts(path)
     else:

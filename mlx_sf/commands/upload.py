@@ -73,9 +73,10 @@ def command(
             click.echo(send(folder, repo, private, revision, create_pr))
 
 
-def _draws(repo: str, classes: Sequence[str]) -> str:
+def _draws(repo: str, classes: Sequence[str], prompt: str = "") -> str:
     """The command line that draws from a repository, for its card."""
     given = f" --classes {','.join(classes)} --seed 0 -o demo.png" if classes else ""
+    given = f' --prompt "{prompt}"' if prompt else given
     return f"mlx-sf sample --ckpt {repo}{given}"
 
 

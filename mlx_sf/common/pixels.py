@@ -23,3 +23,9 @@ def to_uint8_half_up(x: mx.array | np.ndarray) -> np.ndarray:
 def from_uint8(pictures: mx.array) -> mx.array:
     """uint8 pictures (B, H, W, 3) -> images (B, 3, H, W) float32 in [-1, 1], rounded as in the reference."""
     return 2 * (pictures.astype(mx.float32) / 255).transpose(0, 3, 1, 2) - 1
+
+
+def difference(a: np.ndarray, b: np.ndarray, times: int = 1) -> np.ndarray:
+    """|a - b| of uint8 pictures of one shape, `times` as bright and cut off at white."""
+    apart = np.abs(a.astype(np.int32) - b.astype(np.int32))
+    return np.minimum(times * apart, 255).astype(np.uint8)

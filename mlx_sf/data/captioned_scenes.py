@@ -129,6 +129,19 @@ _SHAPES: dict[str, tuple[Callable[[Canvas, float, float, float], Field], tuple[f
 SHAPES = tuple(_SHAPES)
 
 
+def coverage(shape: str, canvas: Canvas, x: float, y: float, radius: float) -> np.ndarray:
+    """How much of each pixel of a canvas a shape covers: (size, size) float32 from 0 to 1.
+
+    `shape` is one of `SHAPES`; the centre of its box and its radius are in units of half the canvas.
+    """
+    return np.clip(np.float32(0.5) - _SHAPES[shape][0](canvas, x, y, radius) * canvas.scale, 0, 1)
+
+
+def half_box(shape: str) -> tuple[float, float]:
+    """Half the width and half the height of a shape's box, as shares of its radius."""
+    return _SHAPES[shape][1]
+
+
 def _held_out_relations() -> frozenset[tuple[str, str, str]]:
     ways = [
         (first, relation, second)
@@ -250,18 +263,21 @@ def _draw_description(category: str, rng: Generator) -> Description:
     return Description(objects, relation, behind[rng.integers(len(behind))], category)
 
 
-def _lab(rgb: tuple[float, float, float]) -> np.ndarray:
-    """CIELAB (D65) of an sRGB colour."""
-    v = np.array(rgb)
-    linear = np.where(v <= 0.04045, v / 12.92, ((v + 0.055) / 1.055) ** 2.4)
+def lab(rgb: np.ndarray) -> np.ndarray:
+    """CIELAB (D65) of sRGB colours from 0 to 1, (..., 3) both; the straight part near black is left out."""
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
-    f = np.cbrt(to_xyz @ linear / (0.9505, 1.0, 1.089))  # dark colours are not so dark that the straight part matters
-    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+    x, y, z = np.moveaxis(np.cbrt(linear @ to_xyz.T / (0.9505, 1.0, 1.089)), -1, 0)
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
+
+
+def _apart(a: tuple[float, float, float], b: tuple[float, float, float]) -> float:
+    return float(np.linalg.norm(lab(np.array(a)) - lab(np.array(b))))
 
 
 # background -> the colours that stand out from it
 _CLEAR = {
-    name: [c for c, rgb in COLOURS.items() if all(np.linalg.norm(_lab(rgb) - _lab(e)) >= _CONTRAST for e in ends)]
+    name: [c for c, rgb in COLOURS.items() if all(_apart(rgb, e) >= _CONTRAST for e in ends)]
     for name, ends in BACKGROUNDS.items()
 }
 
@@ -399,6 +415,7 @@ class CaptionedSceneSource(NumberedSource):
 
     class_names: tuple[str, ...] = ()
     endless = True
+    vocabulary = VOCABULARY
     cacheable = False
 
     def __init__(

@@ -35,6 +35,11 @@ def exp2_below(x: mx.array, top: mx.array) -> mx.array:
     return composed_exp2(x, top) if _composed(x.dtype) else mx.exp((x - top) / LOG2_E)  # type: ignore[return-value]
 
 
+def gelu(x: mx.array) -> mx.array:
+    """x / 2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), for inference."""
+    return _gelu_loop(x) if _composed(x.dtype) else nn.gelu_approx(x)
+
+
 def silu(x: mx.array) -> mx.array:
     """x * sigmoid(x)."""
     return composed_silu(x) if _composed(x.dtype) else nn.silu(x)  # type: ignore[return-value]
@@ -66,6 +71,8 @@ def _exp2_polynomial(x: mx.array, top: mx.array) -> mx.array:
 
 # one loop each: these are made once and kept for every shape that occurs
 _exp2_loop = mx.compile(_exp2_polynomial)
+# by 1 + tanh(u) = 2 / (1 + e^(-2u))
+_gelu_loop = mx.compile(lambda x: x / (1 + _exp_polynomial(-1.5957691216 * (x + 0.044715 * x * x * x))))
 _silu_loop = mx.compile(lambda x: x / (1 + _exp_polynomial(-x)))
 
 

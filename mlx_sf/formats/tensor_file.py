@@ -55,20 +55,31 @@ _BY_DESCR = {v.descr: k for k, v in _DTYPES.items()} | {"|V2": "bfloat16"}
 
 @dataclass(frozen=True)
 class Entry:
-    """A named tensor whose bits (C order; bfloat16 as uint16) are fetched when asked for."""
+    """A named tensor whose bits (C order; bfloat16 as uint16) are fetched when asked for.
+
+    `read_rows` fetches some of its rows and leaves the others in the file, where the container allows it.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
+    read_rows: Callable[[np.ndarray], np.ndarray] | None = None
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * _DTYPES[self.dtype].bits.itemsize
 
     def array(self) -> mx.array:
-        bits = mx.array(self.read())
-        return bits.view(mx.bfloat16) if self.dtype == "bfloat16" else bits
+        return self._array(self.read())
+
+    def rows(self, numbers: np.ndarray) -> mx.array:
+        """The rows of these numbers."""
+        return self._array(self.read()[numbers] if self.read_rows is None else self.read_rows(numbers))
+
+    def _array(self, bits: np.ndarray) -> mx.array:
+        array = mx.array(bits)
+        return array.view(mx.bfloat16) if self.dtype == "bfloat16" else array
 
     @classmethod
     def of(cls, name: str, value: mx.array | np.ndarray) -> "Entry":
@@ -243,7 +254,11 @@ class TensorFile:
             with _reading(self.path):
                 return np.fromfile(self.path, _DTYPES[dtype].bits, count, offset=offset).reshape(shape)
 
-        return Entry(name, dtype, shape, read)
+        def read_rows(numbers: np.ndarray) -> np.ndarray:
+            with _reading(self.path):
+                return np.array(np.memmap(self.path, _DTYPES[dtype].bits, "r", offset, shape)[numbers])
+
+        return Entry(name, dtype, shape, read, read_rows)
 
     def verify(self) -> None:
         """Compare text and data with the file's SHA-256; `MlxSfError` where they differ. (.npz: checked in reading.)"""

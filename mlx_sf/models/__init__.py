@@ -121,7 +121,18 @@ class Architecture:
         head: prefix of the output layer's parameters.
         lora_target: whether low-rank adapters touch a linear layer, by its path, unless they say so themselves.
         lora_prefix: what stands before that path in published adapters.
+        sees_time: whether t is an input of the network itself, and not of the forcing alone.
+        citation: the paper that it is from, for cards.
+        sizes: names of its sizes, the smallest first.
+        model_config: (size, patch side, image side, changes by name) -> configuration.
+        preset_name: (size, patch side) -> the name that models of this size go by.
+        reads_text: whether it is conditioned on prompts; its configuration then has a `text` (`text.TextConfig`).
         to_uint8: images (..., 3, H, W) in [-1, 1] -> pictures (..., H, W, 3) uint8, by the network's published rule.
+        resized: (configuration, (height, width)) -> the same network's for pictures of that size; None where it draws
+            one size only.
+        noise_at: configuration -> scale of the noise of pictures of its size; None where the flow alone says it.
+        verbatim: whether prompts count as they are, white space at their ends included.
+        companions: prefixes of the tensors that a checkpoint holds beside the network, and keeps when it is rewritten.
     """
 
     name: str
@@ -138,14 +149,26 @@ class Architecture:
     head: str | None = None
     lora_target: Callable[[str], bool] = lambda layer: False
     lora_prefix: str = "base_model.model.net."
+    sees_time: bool = True
+    citation: str = ""
+    sizes: tuple[str, ...] = ()
+    model_config: Callable[..., Any] | None = None
+    preset_name: Callable[[str, int], str] = "{}/{}".format
+    reads_text: bool = False
     to_uint8: Callable[[Any], np.ndarray] = to_uint8
+    resized: Callable[[Any, tuple[int, int]], Any] | None = None
+    noise_at: Callable[[Any], float] | None = None
+    verbatim: bool = False
+    companions: tuple[str, ...] = ()
 
 
 # name -> module whose `ARCHITECTURE` it is
 ARCHITECTURES: dict[str, str] = {
     "jit": "mlx_sf.models.jit",
+    "jit_text": "mlx_sf.models.jit_text",
     "mmjit": "mlx_sf.models.mmjit",
     "mmjit_mf": "mlx_sf.models.mmjit_mf",
+    "sensenova_u1": "mlx_sf.models.sensenova_u1",
 }
 
 
@@ -156,6 +179,11 @@ def architecture(of: str | ModelConfig) -> Architecture:
         raise MlxSfError(f"architecture {name!r} is unknown, want one of {', '.join(ARCHITECTURES)}: update mlx-sf")
     found: Architecture = importlib.import_module(ARCHITECTURES[name]).ARCHITECTURE
     return found
+
+
+def token_side(config: Any) -> int:
+    """Pixels along the side of a token of the picture: its configuration's `token_size`, else a patch."""
+    return int(getattr(config, "token_size", getattr(config, "patch_size", 1)))
 
 
 def build(config: ModelConfig, key: mx.array | None = None) -> Any:

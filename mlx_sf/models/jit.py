@@ -9,18 +9,18 @@ D hidden size, h heads, d = D/h.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from ..common.fields import check_types, require
-from ..spectral import ForcingConfig, SpectralForcing
+from ..common.fields import require
+from ..spectral import SpectralForcing
 from . import Architecture, Asked, Condition, Shapes, Step
 from .flops import jit_flops
+from .jit_sizes import SIZES, JiTConfig, model_config, preset_name
 from .layers import (
     Linear,
     PatchEmbed,
@@ -34,85 +34,6 @@ from .layers import (
     sincos_position_table,
     unpatchify,
 )
-
-
-@dataclass(frozen=True)
-class JiTConfig:
-    """The network: JiT, with Spectral Forcing on its input or (`forcing` None) without.
-
-    Sizes are in pixels (`img_size`, `patch_size`), tokens (`in_context_len`) or channels. Images are square, as the
-    published ones are. The in-context tokens enter before block `in_context_start`. Dropout acts in the middle half of
-    the blocks. Raises `FieldError` where sizes do not fit together.
-    """
-
-    architecture: ClassVar[str] = "jit"
-
-    img_size: int = 256
-    patch_size: int = 32
-    hidden_size: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    bottleneck_dim: int = 128
-    in_context_len: int = 32
-    in_context_start: int = 4
-    num_classes: int = 1000
-    out_channels: int = 3
-    mlp_ratio: float = 4.0
-    attn_dropout: float = 0.0
-    proj_dropout: float = 0.0
-    forcing: ForcingConfig | None = field(default_factory=ForcingConfig)
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        for name in ("img_size", "patch_size", "hidden_size", "depth", "num_heads", "bottleneck_dim", "num_classes"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        require(2 <= self.img_size <= 8192, "img_size", self.img_size, "2 to 8192 pixels")
-        want = f"a divisor of img_size {self.img_size}"
-        require(self.img_size % self.patch_size == 0, "patch_size", self.patch_size, want)
-        want = f"a divisor of hidden_size {self.hidden_size}"
-        require(self.hidden_size % self.num_heads == 0, "num_heads", self.num_heads, want)
-        # the rotary embedding rotates pairs on two axes; the position table has sine and cosine on two axes
-        require(self.head_dim % 4 == 0, "hidden_size / num_heads", self.head_dim, "a multiple of 4")
-        require(self.out_channels in (3, 6), "out_channels", self.out_channels, "3, or 6 with pred_param hybrid")
-        require(self.in_context_len >= 0, "in_context_len", self.in_context_len, "0 or more")
-        if self.in_context_len:
-            ok = 0 <= self.in_context_start < self.depth
-            require(ok, "in_context_start", self.in_context_start, f"a block number from 0 to {self.depth - 1}")
-        for name in ("attn_dropout", "proj_dropout"):
-            require(0.0 <= getattr(self, name) < 1.0, name, getattr(self, name), "a probability below 1")
-        require(self.mlp_hidden >= 1, "mlp_ratio", self.mlp_ratio, "a ratio that leaves at least one hidden channel")
-        if self.forcing is not None:
-            require(isinstance(self.forcing, ForcingConfig), "forcing", self.forcing, "a ForcingConfig or None")
-            object.__setattr__(self, "forcing", self.forcing.on(self.size))
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the images."""
-        return self.img_size, self.img_size
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
-
-    @property
-    def grid_size(self) -> int:
-        """Patches along one side of the image."""
-        return self.img_size // self.patch_size
-
-    @property
-    def tokens(self) -> int:
-        """Length of the sequence, in-context tokens included."""
-        return self.grid_size**2 + self.in_context_len
-
-    @property
-    def mlp_hidden(self) -> int:
-        """Hidden channels of SwiGLU: two thirds of the plain feed-forward's, both rounded down."""
-        return int(int(self.hidden_size * self.mlp_ratio) * 2 / 3)
-
-    @property
-    def null_class(self) -> int:
-        """The label that means "no class": the row after the last class."""
-        return self.num_classes
 
 
 def rotary_tables(head_dim: int, grid_size: int, in_context_len: int) -> tuple[mx.array, mx.array]:
@@ -238,7 +159,7 @@ class JiT(nn.Module):
         if c.forcing is not None:
             self._forcing = SpectralForcing.of(c.forcing, c.size)
         self.t_embedder = TimestepEmbedder(c.hidden_size)
-        self.y_embedder = LabelEmbedder(c.num_classes, c.hidden_size)
+        self.y_embedder = self._condition_embedder(c)
         self.x_embedder = PatchEmbed(c.patch_size, c.bottleneck_dim, c.hidden_size)
         self.pos_embed = mx.array(sincos_position_table(c.hidden_size, c.grid_size))
         if c.in_context_len:
@@ -253,6 +174,14 @@ class JiT(nn.Module):
     @property
     def config(self) -> JiTConfig:
         return self._config
+
+    def _condition_embedder(self, c: JiTConfig) -> Any:
+        return LabelEmbedder(c.num_classes, c.hidden_size)
+
+    def _conditioned(self, condition: Condition) -> tuple[mx.array, mx.array]:
+        """The vector (B, D) that enters every adaLN, and the tokens (B, 1 or L, D) that enter in context."""
+        y_emb: mx.array = self.y_embedder(condition["labels"])
+        return y_emb, y_emb[:, None]
 
     def condition(self, asked: Sequence[Asked]) -> Condition:
         """Labels (B,) of the classes asked for; None is "no class". `FieldError` for what is no class of this model."""
@@ -317,14 +246,14 @@ class JiT(nn.Module):
     ) -> mx.array:
         c = self._config
         L, N = c.in_context_len, c.grid_size**2
-        y_emb, modulations = self.y_embedder(condition["labels"]), condition.get("modulations")
+        (y_emb, in_context), modulations = self._conditioned(condition), condition.get("modulations")
         # (B, D); every adaLN starts with this SiLU
         silu_c = nn.silu(self.t_embedder(t) + y_emb) if modulations is None else None
         keys = [None] * c.depth if key is None else list(mx.random.split(key, c.depth))
         cos, sin = self._cos[L:], self._sin[L:]
         for i, block in enumerate(self.blocks):
             if L and i == c.in_context_start:
-                h = mx.concatenate([y_emb[:, None] + self.in_context_posemb, h], axis=1)  # (B, L + N, D)
+                h = mx.concatenate([in_context + self.in_context_posemb, h], axis=1)  # (B, L + N, D)
                 cos, sin = self._cos, self._sin
             run = block if block_wrapper is None else block_wrapper(block)
             if modulations is not None:
@@ -336,7 +265,10 @@ class JiT(nn.Module):
 
     def modulations(self, t: mx.array, y: mx.array) -> list[mx.array]:
         """The adaLN vectors of each block, (B, 6 D), and of the head, (B, 2 D): they depend on t and y alone."""
-        silu_c = nn.silu(self.t_embedder(mx.reshape(t, (-1,))) + self.y_embedder(y))
+        return self._modulations(t, self.y_embedder(y))
+
+    def _modulations(self, t: mx.array, y_emb: mx.array) -> list[mx.array]:
+        silu_c = nn.silu(self.t_embedder(mx.reshape(t, (-1,))) + y_emb)
         return [layer.adaLN_modulation[1](silu_c) for layer in (*self.blocks, self.final_layer)]
 
     def unpatchify(self, tokens: mx.array) -> mx.array:
@@ -421,5 +353,9 @@ ARCHITECTURE = Architecture(
     forward_flops=jit_flops,
     class_table="y_embedder.embedding_table.weight",
     head="final_layer.linear.",
+    citation="JiT: Li and He, Back to Basics: Let Denoising Generative Models Denoise, arXiv 2511.13720.",
+    sizes=tuple(SIZES),
+    model_config=model_config,
+    preset_name=preset_name,
     lora_target=lora_target,
 )

@@ -1,11 +1,94 @@
-"""The sizes of JiT by name: the published ones, and three for one laptop."""
+"""JiT's configuration, and its sizes by name: the published ones, and three for one laptop."""
 
 import dataclasses
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
+from ..common.fields import check_types, require
 from ..errors import MlxSfError
-from .jit import JiTConfig
+from ..spectral import ForcingConfig
+
+
+@dataclass(frozen=True)
+class JiTConfig:
+    """The network: JiT, with Spectral Forcing on its input or (`forcing` None) without.
+
+    Sizes are in pixels (`img_size`, `patch_size`), tokens (`in_context_len`) or channels. Images are square, as the
+    published ones are. The in-context tokens enter before block `in_context_start`. Dropout acts in the middle half of
+    the blocks. Raises `FieldError` where sizes do not fit together.
+    """
+
+    architecture: ClassVar[str] = "jit"
+    least_classes: ClassVar[int] = 1
+
+    img_size: int = 256
+    patch_size: int = 32
+    hidden_size: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    bottleneck_dim: int = 128
+    in_context_len: int = 32
+    in_context_start: int = 4
+    num_classes: int = 1000
+    out_channels: int = 3
+    mlp_ratio: float = 4.0
+    attn_dropout: float = 0.0
+    proj_dropout: float = 0.0
+    forcing: ForcingConfig | None = field(default_factory=ForcingConfig)
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("img_size", "patch_size", "hidden_size", "depth", "num_heads", "bottleneck_dim"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        least = self.least_classes
+        require(self.num_classes >= least, "num_classes", self.num_classes, f"at least {least}")
+        require(2 <= self.img_size <= 8192, "img_size", self.img_size, "2 to 8192 pixels")
+        want = f"a divisor of img_size {self.img_size}"
+        require(self.img_size % self.patch_size == 0, "patch_size", self.patch_size, want)
+        want = f"a divisor of hidden_size {self.hidden_size}"
+        require(self.hidden_size % self.num_heads == 0, "num_heads", self.num_heads, want)
+        # the rotary embedding rotates pairs on two axes; the position table has sine and cosine on two axes
+        require(self.head_dim % 4 == 0, "hidden_size / num_heads", self.head_dim, "a multiple of 4")
+        require(self.out_channels in (3, 6), "out_channels", self.out_channels, "3, or 6 with pred_param hybrid")
+        require(self.in_context_len >= 0, "in_context_len", self.in_context_len, "0 or more")
+        if self.in_context_len:
+            ok = 0 <= self.in_context_start < self.depth
+            require(ok, "in_context_start", self.in_context_start, f"a block number from 0 to {self.depth - 1}")
+        for name in ("attn_dropout", "proj_dropout"):
+            require(0.0 <= getattr(self, name) < 1.0, name, getattr(self, name), "a probability below 1")
+        require(self.mlp_hidden >= 1, "mlp_ratio", self.mlp_ratio, "a ratio that leaves at least one hidden channel")
+        if self.forcing is not None:
+            require(isinstance(self.forcing, ForcingConfig), "forcing", self.forcing, "a ForcingConfig or None")
+            object.__setattr__(self, "forcing", self.forcing.on(self.size))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return self.img_size, self.img_size
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side of the image."""
+        return self.img_size // self.patch_size
+
+    @property
+    def tokens(self) -> int:
+        """Length of the sequence, in-context tokens included."""
+        return self.grid_size**2 + self.in_context_len
+
+    @property
+    def mlp_hidden(self) -> int:
+        """Hidden channels of SwiGLU: two thirds of the plain feed-forward's, both rounded down."""
+        return int(int(self.hidden_size * self.mlp_ratio) * 2 / 3)
+
+    @property
+    def null_class(self) -> int:
+        """The label that means "no class": the row after the last class."""
+        return self.num_classes
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ __all__ = [
     "RMSNorm",
     "TimestepEmbedder",
     "attention",
+    "biased_attention",
     "drop",
     "modulate",
     "rotate",
@@ -142,22 +143,44 @@ _TILE, _UNTILED = 1 << 18, 1 << 20
 _FUSED_HEAD = 64  # a size that the GPU's fused kernel knows
 
 
-def attention(q: mx.array, k: mx.array, v: mx.array, dropout: float = 0.0, key: mx.array | None = None) -> mx.array:
+def biased_attention(q: mx.array, k: mx.array, v: mx.array, bias: mx.array) -> mx.array:
+    """softmax(q k^T + bias) v over (B, h, T, d), without a scale; bias (B or 1, h, keys, queries) float32."""
+    if mx.default_device() != mx.cpu:
+        mask = bias.swapaxes(-1, -2).astype(q.dtype)
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0, mask=mask)
+    q, k, values = (u.astype(mx.float32) for u in (q * LOG2_E, k, v))
+    return _attended(q, k, values, bias=bias * LOG2_E).astype(v.dtype)
+
+
+def attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    dropout: float = 0.0,
+    key: mx.array | None = None,
+    mask: mx.array | None = None,
+) -> mx.array:
     """softmax(q k^T / sqrt(d)) v over (B, h, T, d), scores in float32; dropout on the softmax where a key is given.
 
-    Queries may be fewer than keys.
+    Queries may be fewer than keys. Keys and values may have fewer heads, each of which then serves as many neighbouring
+    heads of the queries. `mask` (B or 1, 1, Q or 1, T) bool says which keys a query sees, at least one each.
     """
     d = q.shape[-1]
     if key is None and mx.default_device() != mx.cpu:
         if _FUSED_HEAD // 2 < d < _FUSED_HEAD:
             # zeros change no product; without them the scores of all tokens would lie in memory
             q, k, v = (mx.pad(u, [(0, 0), (0, 0), (0, 0), (0, _FUSED_HEAD - d)]) for u in (q, k, v))
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=d**-0.5)[..., :d]
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=d**-0.5, mask=mask)[..., :d]
+    (B, h, Q), (g, T) = q.shape[:3], k.shape[1:3]
+    if g != h:
+        # the heads that share a key head are so many more queries of it
+        if mask is not None and mask.shape[2] != 1:
+            mask = mx.tile(mask, (1, 1, h // g, 1))
+        return attention(q.reshape(B, g, h // g * Q, d), k, v, dropout, key, mask).reshape(B, h, Q, -1)
     # scores in base 2
     q, k, values = (u.astype(mx.float32) for u in (q * (d**-0.5 * LOG2_E), k, v))
-    (B, h, Q), T = q.shape[:3], k.shape[2]
-    if key is not None or B * h * Q * T <= _UNTILED:
-        return _attended(q, k, values, dropout, key).astype(v.dtype)
+    if key is not None or mask is not None or B * h * Q * T <= _UNTILED:
+        return _attended(q, k, values, dropout, key, mask).astype(v.dtype)
     q, k, values = (u.reshape(B * h, *u.shape[2:]) for u in (q, k, values))
     heads, rows = max(1, _TILE // (Q * T)), max(1, _TILE // T)
     groups = []
@@ -168,9 +191,21 @@ def attention(q: mx.array, k: mx.array, v: mx.array, dropout: float = 0.0, key: 
     return mx.concatenate(groups).reshape(B, h, Q, -1).astype(v.dtype)
 
 
-def _attended(q: mx.array, k: mx.array, v: mx.array, dropout: float = 0.0, key: mx.array | None = None) -> mx.array:
+def _attended(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    dropout: float = 0.0,
+    key: mx.array | None = None,
+    mask: mx.array | None = None,
+    bias: mx.array | None = None,
+) -> mx.array:
     # keys by queries: a CPU's maxima and sums down columns are three times as fast as those along rows
     scores = k @ q.swapaxes(-1, -2)
+    if bias is not None:
+        scores = scores + bias
+    if mask is not None:
+        scores = mx.where(mask.swapaxes(-1, -2), scores, -1e9)
     e = exp2_below(scores, mx.stop_gradient(scores.max(axis=-2, keepdims=True)))
     total = e.sum(axis=-2)[..., None]
     e = e.swapaxes(-1, -2)

@@ -11,7 +11,7 @@ Source: Wang, Zhao, Lu, Zhou, Ma, He, "MiniT2I: A Minimalist Baseline for Text-t
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -23,7 +23,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ..common.fields import check_types, require
 from ..common.pixels import to_uint8_half_up
 from ..spectral import ForcingConfig, SpectralForcing
-from . import Architecture, Asked, Condition, Shapes, Step
+from . import Architecture, Condition, Shapes, Step
 from .layers import (
     Linear,
     PatchEmbed,
@@ -34,7 +34,7 @@ from .layers import (
     sincos_position_table,
     unpatchify,
 )
-from .text import Features, TextConfig, padded_features, word_ids
+from .text import ReadsText, TextConfig
 
 
 @dataclass(frozen=True)
@@ -198,12 +198,10 @@ class FinalLayer(nn.Module):
         return self.linear(self.norm_final(x))
 
 
-class MMJiT(nn.Module):
+class MMJiT(ReadsText, nn.Module):
     """The network. Weights start as in the original code, drawn from `key` (default: key 0).
 
-    Conditions are {"context": (B, L, E), "mask": (B, L)}, or {"words": (B, L), "mask": (B, L)} where it has words of
-    its own; places whose mask is 0 hold a learned vector, and no prompt is a mask of zeros. Precomputed ones are
-    {"text": (B, L, D)}. `features` gives what the encoder makes of prompts; whoever loads the network sets it.
+    Conditions are those of `ReadsText`; precomputed ones are {"text": (B, L, D)}.
     Call with x (B, 3, H, H), t a scalar, (1,) or (B,), which matters to forcing alone; returns (B, 3, H, H) float32.
     """
 
@@ -214,12 +212,9 @@ class MMJiT(nn.Module):
     def __init__(self, config: MMJiTConfig, key: mx.array | None = None) -> None:
         super().__init__()
         c = self._config = config
-        self._features: Features | None = None
         if c.forcing is not None:
             self._forcing = SpectralForcing.of(c.forcing, c.size)
-        self.mask_token = mx.zeros((1, 1, c.text.width))
-        if c.text.words:
-            self.word_table = {"weight": mx.zeros((len(c.text.words), c.text.width))}
+        self._add_text_parameters(c.text)
         self.img_embedder = PatchEmbed(c.patch_size, c.bottleneck_dim, c.hidden_size)
         self.txt_embedder = Linear(c.text.width, c.hidden_size, bias=False)
         self.txt_preamble_blocks = [TextBlock(c) for _ in range(c.text_depth)]
@@ -238,36 +233,12 @@ class MMJiT(nn.Module):
     def config(self) -> MMJiTConfig:
         return self._config
 
-    @property
-    def features(self) -> Features | None:
-        return self._features
-
-    @features.setter
-    def features(self, features: Features | None) -> None:
-        self._features = features
-
     # ---------------------------------------------------------------------------------------- text
-
-    def condition(self, asked: Sequence[Asked]) -> Condition:
-        """The condition of prompts; None is no prompt, "" is an empty one. `FieldError` for a class number."""
-        prompts: list[str | None] = []
-        for a in asked:
-            require(a is None or isinstance(a, str), "prompt", a, "a text, or None for no prompt")
-            prompts.append(a if a is None else str(a))
-        text = self._config.text
-        if text.words:
-            ids, mask = word_ids(prompts, text)
-            return {"words": mx.array(ids), "mask": mx.array(mask)}
-        context, mask = padded_features(prompts, text, self._features)
-        return {"context": mx.array(context), "mask": mx.array(mask)}
 
     def _embedded_text(self, condition: Condition) -> mx.array:
         """Tokens (B, L, D) of the prompts, before any block."""
-        words = condition.get("words")
-        c = condition["context"] if words is None else self.word_table["weight"][words]
-        c = mx.where(condition["mask"][..., None] > 0.5, c, self.mask_token)
         # float32 as the image's tokens are: the residual stream, whatever type the products run in
-        return self.txt_embedder(c).astype(mx.float32)
+        return self.txt_embedder(self._context(condition)).astype(mx.float32)
 
     def _text(self, condition: Condition) -> mx.array:
         """Text tokens (B, T, D) as the double blocks take them."""
@@ -450,4 +421,10 @@ ARCHITECTURE = Architecture(
     lora_target=lora_target,
     lora_prefix="base_model.model.model.net.",
     to_uint8=to_uint8_half_up,
+    citation="MiniT2I: Wang, Zhao, Lu, Zhou, Ma, He, A Minimalist Baseline for Text-to-Image Generation, 2026.",
+    sizes=tuple(SIZES),
+    model_config=model_config,
+    preset_name="MM-JiT-{}/{}".format,
+    reads_text=True,
+    sees_time=False,
 )

@@ -59,7 +59,7 @@ class MMJiTMF(MMJiT):
         return {"text": self._text({**condition, "settings": settings})}, null
 
     def _embedded_text(self, condition: Condition) -> mx.array:
-        c = mx.where(condition["mask"][..., None] > 0.5, condition["context"], self.mask_token)
+        c = self._context(condition)
         settings = condition.get("settings")
         if settings is None:
             settings = mx.array([[1 / PUBLISHED_STEPS, *PUBLISHED_GUIDANCE]] * len(c))
@@ -91,6 +91,7 @@ ARCHITECTURE = replace(
     title="MM-JiT of four steps",
     config=MMJiTMFConfig,
     network=MMJiTMF,
+    model_config=None,
     is_product_operand=is_product_operand,
     layer_kind=_layer_kind,
 )

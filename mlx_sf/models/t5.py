@@ -22,8 +22,9 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ..common.fields import require
+from ..device.elementwise import gelu
 from ..errors import MlxSfError
-from .layers import Linear, RMSNorm
+from .layers import Linear, RMSNorm, biased_attention
 from .quantize import QuantizationConfig, dequantize, quantize
 
 # reads a tensor of the weights' file by its name there, whole or some rows of it
@@ -91,15 +92,14 @@ class T5Layer(nn.Module):
         ]
 
     def __call__(self, x: mx.array, bias: mx.array) -> mx.array:
-        """x (B, L, E), bias (B, h, L, L) float32."""
+        """x (B, L, E); bias (B or 1, h, keys, queries) float32."""
         c, (first, second) = self._config, self.layer
         a, y = first["SelfAttention"], first["layer_norm"](x)
         q, k, v = (a[name](y).reshape(*y.shape[:2], c.num_heads, c.d_kv).swapaxes(1, 2) for name in "qkv")
-        scores = q.astype(mx.float32) @ k.astype(mx.float32).swapaxes(-1, -2) + bias
-        y = (mx.softmax(scores, axis=-1).astype(v.dtype) @ v).swapaxes(1, 2)
+        y = biased_attention(q, k, v, bias).swapaxes(1, 2)
         x = x + a["o"](y.reshape(*y.shape[:2], -1))
         f, y = second["DenseReluDense"], second["layer_norm"](x)
-        return x + f["wo"](nn.gelu_approx(f["wi_0"](y)) * f["wi_1"](y))
+        return x + f["wo"](gelu(f["wi_0"](y)) * f["wi_1"](y))
 
 
 def encode(
@@ -134,18 +134,21 @@ def encode(
         padded = np.array([[*ids[i], *[0] * (longest - len(ids[i]))] for i in group])
         # a padding id need not be among the rows: any will do
         states.append(table[mx.array(np.searchsorted(vocabulary, padded).clip(max=len(vocabulary) - 1))])
-        masks.append(mx.array([[0.0] * len(ids[i]) + [-math.inf] * (longest - len(ids[i])) for i in group]))
+        lengths = mx.array([len(ids[i]) for i in group])
+        masks.append(mx.where(mx.arange(longest) < lengths[:, None], 0.0, -math.inf)[:, None, :, None])  # of keys
     distances = read("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight").astype(mx.float32)
-    buckets = functools.partial(
-        position_buckets,
-        buckets=config.relative_attention_num_buckets,
-        max_distance=config.relative_attention_max_distance,
-    )
+
+    @functools.cache
+    def by_distance(length: int) -> mx.array:
+        """The bias (1, h, keys, queries) of a length, which all layers share."""
+        limits = config.relative_attention_num_buckets, config.relative_attention_max_distance
+        return distances[mx.array(position_buckets(length, *limits).T)].transpose(2, 0, 1)[None]
+
     for number in range(config.num_layers):
         layer = _layer(config, read, f"encoder.block.{number}.", dtype, bits)
         for i, (x, mask) in enumerate(zip(states, masks, strict=True)):
-            bias = distances[mx.array(buckets(x.shape[1]))].transpose(2, 0, 1)[None] + mask[:, None, None, :]
-            states[i] = layer(x, bias)
+            whole = len(x) == 1  # a text alone has no padding
+            states[i] = layer(x, by_distance(x.shape[1]) + (0 if whole else mask))
             mx.eval(states[i])
         if on_layer is not None:
             on_layer(number + 1, config.num_layers)

@@ -1,9 +1,12 @@
 """What a network reads of a prompt: features of a frozen text encoder, or words of a vocabulary trained along."""
 
+import difflib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
 from ..common.fields import check_types, require
@@ -55,8 +58,6 @@ def word_ids(prompts: Sequence[str | None], text: TextConfig) -> tuple[np.ndarra
     for row, prompt in enumerate(prompts):
         for place, word in enumerate(split_words(prompt or "")[: text.length]):
             if word not in index:
-                import difflib
-
                 near = difflib.get_close_matches(word, text.words, 3, 0.6) or text.words[:8]
                 raise MlxSfError(
                     f"prompt {prompt!r}: {word!r} is none of the {len(text.words)} words that this model was trained "
@@ -81,3 +82,49 @@ def padded_features(
             values = found[prompt][: text.length]
             context[row, : len(values)], mask[row, : len(values)] = values, True
     return context, mask
+
+
+class ReadsText:
+    """What networks share that are conditioned on prompts: a mixin for modules with a `config.text`.
+
+    Conditions are {"context": (B, L, E), "mask": (B, L)}, or {"words": (B, L), "mask": (B, L)} where the network has
+    words of its own. Places whose mask is 0 hold a learned vector, and no prompt is a mask of zeros. `features` gives
+    what the encoder makes of prompts; whoever loads the network sets it.
+    """
+
+    _features: Features | None = None
+    config: Any
+    mask_token: mx.array
+    word_table: dict[str, mx.array]
+
+    @property
+    def features(self) -> Features | None:
+        return self._features
+
+    @features.setter
+    def features(self, features: Features | None) -> None:
+        self._features = features
+
+    def _add_text_parameters(self, text: TextConfig) -> None:
+        self.mask_token = mx.zeros((1, 1, text.width))
+        if text.words:
+            self.word_table = {"weight": mx.zeros((len(text.words), text.width))}
+
+    def condition(self, asked: Sequence[Any]) -> dict[str, mx.array]:
+        """The condition of prompts; None is no prompt, "" is an empty one. `FieldError` for a class number."""
+        prompts: list[str | None] = []
+        for a in asked:
+            require(a is None or isinstance(a, str), "prompt", a, "a text, or None for no prompt")
+            prompts.append(a if a is None else str(a))
+        text = self.config.text
+        if text.words:
+            ids, mask = word_ids(prompts, text)
+            return {"words": mx.array(ids), "mask": mx.array(mask)}
+        context, mask = padded_features(prompts, text, self._features)
+        return {"context": mx.array(context), "mask": mx.array(mask)}
+
+    def _context(self, condition: dict[str, mx.array]) -> mx.array:
+        """Vectors (B, L, E) of a condition's places."""
+        words = condition.get("words")
+        c = condition["context"] if words is None else self.word_table["weight"][words]
+        return mx.where(condition["mask"][..., None] > 0.5, c, self.mask_token)

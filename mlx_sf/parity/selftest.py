@@ -18,14 +18,16 @@ from mlx.utils import tree_flatten, tree_map
 
 from ..checkpoints.config import Config
 from ..flow import training_loss
-from ..models import cast_products
-from ..models.jit import ARCHITECTURE, JiT
+from ..models import architecture, build, cast_products
+from ..models.jit import ARCHITECTURE
+from ..models.t5 import T5Config, encode
 from ..sampling.sampler import Sampler
 from ..sampling.solvers import SampleConfig
 from ..spectral import SpectralForcing
+from . import selftest_u1
 
 # bf16 rounds operands to 8 bits: errors relative to the largest magnitude, bounds 3 to 15 times what a CPU measures
-HALF_BOUNDS = {"forward": 0.03, "loss": 0.002, "gradient": 0.06, "sample": 0.03}
+HALF_BOUNDS = {"forward": 0.03, "loss": 0.002, "gradient": 0.06, "sample": 0.03, "text": 0.1, "u1,": 0.1}
 
 
 @dataclass(frozen=True)
@@ -43,21 +45,21 @@ class Check:
 
 
 class _Golden:
-    def __init__(self) -> None:
-        with np.load(Path(__file__).parent / "selftest.npz") as z:
+    def __init__(self, file: str = "selftest.npz") -> None:
+        with np.load(Path(__file__).parent / file) as z:
             self.arrays = {k: z[k] for k in z.files}
         self.index = json.loads(self.arrays["index"].tobytes())
 
     def get(self, name: str) -> mx.array:
         return mx.array(self.arrays[name])
 
-    def model(self, name: str, dtype: str) -> tuple[JiT, Config]:
+    def model(self, name: str, dtype: str) -> tuple[Any, Config]:
         config = Config.from_json(self.index["configs"][name], "selftest")
-        model = JiT(config.model)
+        model = build(config.model)
         prefix = f"weights/{name}/"
         tensors: Any = {k.removeprefix(prefix): mx.array(v) for k, v in self.arrays.items() if k.startswith(prefix)}
         if dtype != "float32":
-            tensors = cast_products(tensors, mx.bfloat16, ARCHITECTURE)
+            tensors = cast_products(tensors, mx.bfloat16, architecture(config.model))
         model.load_weights(list(tensors.items()), strict=True)
         return model, config
 
@@ -90,6 +92,46 @@ def run(dtype: str) -> Iterator[Check]:
         *_, last = Sampler(model, flow, sample).states(noise, [int(y) for y in np.array(labels)])
         label = f"sample {case['model']}, {case['steps']} {case['method']} steps, cfg {case['cfg']}"
         yield golden.check(label, f"sample/{case['case']}/z_after_{case['steps']}", last.z, dtype)
+
+    yield from _text_to_image(dtype)
+    yield from selftest_u1.checks(_Golden("selftest_u1.npz"), dtype)
+
+
+def _text_to_image(dtype: str) -> Iterator[Check]:
+    """MM-JiT with head sizes 12 and 52, guided steps of it, and the text encoder."""
+    golden = _Golden("selftest_t2i.npz")
+    for name, heads in (("small", 12), ("hd52", 52)):
+        model, _ = golden.model(name, dtype)
+        x, context, mask = (golden.get(f"forward/{name}/{what}") for what in ("x", "context", "mask"))
+        out = model(x, mx.array([0.5]), {"context": context, "mask": mask})
+        yield golden.check(f"text to image, heads of {heads}", f"forward/{name}/out", out, dtype)
+    for case, s in golden.index["sampling"].items():
+        model, config = golden.model(s["model"], dtype)
+        context, mask, noise = (golden.arrays[f"sample/{s['model']}/{what}"] for what in ("context", "mask", "noise"))
+        # the masked places are the last ones, as of shorter prompts
+        rows = {str(i): c[: int(m.sum())] for i, (c, m) in enumerate(zip(context, mask, strict=True))}
+        model.features = lambda prompts, rows=rows: [rows[p] for p in prompts]
+        low, high = s["interval"]
+        sample = SampleConfig(
+            s["method"], s["steps"], s["guidance_scale"], low, high, t_eps=s["t_floor"], cfg_closed=True
+        )
+        *_, last = Sampler(model, config.flow, sample).states(mx.array(noise), list(rows))
+        label = f"text to image, {s['steps']} steps, cfg {s['guidance_scale']}"
+        yield golden.check(label, f"sample/{case}/z_after_{s['steps']}", last.z, dtype)
+    names = {f.name for f in dataclasses.fields(T5Config)}
+    config_t5 = T5Config(**{k: v for k, v in golden.index["t5"].items() if k in names})
+    ids, mask = golden.arrays["t5/long/ids"], golden.arrays["t5/long/mask"]
+    texts = [row[: int(m.sum())].tolist() for row, m in zip(ids, mask, strict=True)]
+    got = encode(
+        config_t5,
+        lambda name: golden.get(f"weights/t5/{name}"),
+        lambda rows: golden.get("weights/t5/shared.weight")[mx.array(rows)],
+        texts,
+        mx.float32 if dtype == "float32" else mx.bfloat16,
+    )
+    want = golden.arrays["t5/long/out"]
+    padded = np.stack([np.concatenate([g, w[len(g) :]]) for g, w in zip(got, want, strict=True)])
+    yield golden.check("text encoder", "t5/long/out", mx.array(padded), dtype)
 
 
 def _labels(y: mx.array) -> dict[str, mx.array]:

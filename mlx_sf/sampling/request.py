@@ -60,17 +60,18 @@ def prompt_request(
     size: tuple[int, int],
     noise: str | os.PathLike[str] | np.ndarray | None = None,
     rng: Rng = MLX,
+    verbatim: bool = False,
 ) -> Request:
     """`num_images` images (default 1) of each prompt, one prompt after another; seeds and noise as in `make_request`.
 
-    White space at a prompt's end is left out: readers of T5's tokenizer differ on it.
+    White space at a prompt's end is left out unless it is taken `verbatim`: readers of T5's tokenizer differ on it.
     """
     n = 1 if num_images is None else num_images
     if n < 1:
         raise MlxSfError(f"{option('num_images')} is {n}, want at least 1")
     if not prompts:
         raise MlxSfError(f"{option('prompt')} is missing: this model draws what a text says")
-    wanted = [p.rstrip() for p in prompts for _ in range(n)]
+    wanted = [p if verbatim else p.rstrip() for p in prompts for _ in range(n)]
     request = make_request(wanted, wanted, len(wanted), seed, size, noise, rng)
     return dataclasses.replace(request, columns=n if n > 1 and len(prompts) > 1 else None)
 

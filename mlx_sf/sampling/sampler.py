@@ -10,7 +10,7 @@ import mlx.core as mx
 from ..common.fields import require
 from ..device import lanes
 from ..flow import FlowConfig, velocity
-from ..models import Asked, Condition, Network, Step
+from ..models import Asked, Condition, Network, Step, token_side
 from .guidance import guide
 from .solvers import SampleConfig, State, VelocityField, solve
 
@@ -53,6 +53,8 @@ class Sampler:
             _, given, without = visited
             if scale == 1:
                 return self._plain(z, at, given)
+            if t == 0 and s.cfg_norm == "cfg_zero_star":
+                return mx.zeros_like(z)
             if scale == 0:
                 return self._plain(z, at, without)
             return self._guided(z, at, given, without, mx.array(scale, dtype=mx.float32))
@@ -74,7 +76,8 @@ class Sampler:
         else:
             outputs = self.network.guided(z, t, condition, null)
         given, without = (velocity(out, z, t, self.flow, self.t_eps) for out in outputs)
-        return guide(given, without, scale, self.sample.cfg_norm)
+        norm = self.sample.cfg_norm
+        return guide(given, without, scale, norm, token_side(self.network.config) if norm == "channel" else 1)
 
     def states(self, noise: mx.array, asked: Sequence[Asked]) -> Iterator[State]:
         """States of one batch, from standard normal noise (B, 3, H, W) and B classes or prompts, not yet evaluated.

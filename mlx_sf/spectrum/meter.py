@@ -173,6 +173,11 @@ class Meter:
                 f"{where}: all {self.flat} images are constant (no variation above 8-bit rounding): "
                 "there is no spectrum to measure, check the data"
             )
+        return self.so_far(source, replaced)
+
+    def so_far(self, source: str = "", replaced: int = 0) -> Spectrum:
+        """The spectrum of what came so far, be it one picture: too few for intervals, or without any variation."""
+        sizes = np.array(self._sizes, dtype=np.float64)
         groups = np.stack(self._groups) / sizes[:, None, None]
         return Spectrum(self.img_size, self.n, groups, sizes, self.floor, self.flat, replaced, source)
 

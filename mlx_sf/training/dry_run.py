@@ -13,6 +13,11 @@ from .plan import Plan
 from .trainer import Trainer
 
 
+def _conditions(p: Plan) -> str:
+    text = getattr(p.recipe.config.model, "text", None)
+    return f"{len(p.source.class_names)} class(es)" if text is None else f"captions of up to {text.length} tokens"
+
+
 def dry_run(p: Plan) -> str:
     """Size, speed, memory and length of a planned run, as lines of text."""
     r, trainer = p.recipe, Trainer(p, World())
@@ -32,7 +37,7 @@ def dry_run(p: Plan) -> str:
     images = f"{r.batch_size} images ({r.machine.dtype}), {r.batch_size / step:.1f} images/s"
     return columns(
         [
-            ("network", f"{r.config.name}, {c.size[0]} x {c.size[1]} pixels, {len(p.source.class_names)} class(es)"),
+            ("network", f"{r.config.name}, {c.size[0]} x {c.size[1]} pixels, {_conditions(p)}"),
             ("data", p.source.describe()),
             ("parameters", f"{parameters / 1e6:.2f} million"),
             *([("trained", f"{trained / 1e6:.2f} million, an adapter: {adapter}")] if adapter else []),

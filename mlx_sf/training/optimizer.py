@@ -56,6 +56,7 @@ class OptimizerOptions:
     ema_warmup: bool
     lr_schedule: LRSchedule = "constant"
     min_lr: float = 0.0
+    warmup_lr: float = 0.0
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.95
@@ -67,7 +68,7 @@ class OptimizerOptions:
 
     def rate(self, epoch: float, epochs: float) -> float:
         """Learning rate at `epoch` of a run of `epochs`, both fractional."""
-        return learning_rate(epoch, self.lr, self.warmup_epochs, epochs, self.lr_schedule, self.min_lr)
+        return learning_rate(epoch, self.lr, self.warmup_epochs, epochs, self.lr_schedule, self.min_lr, self.warmup_lr)
 
     def ema_decays(self, step: int) -> tuple[float, float]:
         """Decays of both averages at step `step` (from 1)."""
@@ -101,8 +102,15 @@ def learning_rate(
     epochs: float,
     schedule: LRSchedule = "constant",
     min_lr: float = 0.0,
+    warmup_lr: float = 0.0,
 ) -> float:
-    """Rate at `epoch` = step / steps per epoch: linear from 0 over the warm-up, then constant, or half a cosine."""
+    """Rate at `epoch` = step / steps per epoch: linear from `warmup_lr` over the warm-up, then constant or a cosine.
+
+    A warm-up that begins above 0 is computed in float32, as Optax does: MiniT2I's code has it.
+    """
+    if epoch < warmup_epochs and warmup_lr:
+        rise, end, left = (np.float32(v) for v in (warmup_lr - peak, peak, 1 - epoch / warmup_epochs))
+        return float(rise * left + end)
     if epoch < warmup_epochs:
         return peak * epoch / warmup_epochs
     if schedule == "constant":

@@ -25,12 +25,13 @@ from ..common.fields import require
 from ..data.decode import Decode
 from ..data.sources import DataOptions
 from ..errors import FieldError, MlxSfError, option
-from ..flow import FlowConfig, HybridMode, PredParam
+from ..flow import FlowConfig, HybridMode, LossKind, PredParam
 from ..models.jit_sizes import SIZES, find_size
 from ..spectral import ForcingConfig, ScaleSchedule
 from .optimizer import LRSchedule
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
+TrainedArchitecture = Literal["jit", "jit_text", "mmjit"]
 TrackerName = Literal["wandb", "tensorboard"]
 _T = TypeVar("_T")
 
@@ -47,10 +48,24 @@ class Options:
     """
 
     # the network
+    architecture: TrainedArchitecture | None = _option(
+        None,
+        "Network: jit, conditioned on classes; jit_text, the same on captions; mmjit, that of MiniT2I. [default: the "
+        "one to start from; jit_text for captioned-scenes, else jit]",
+    )
     size: str = _option("small", "Network size: " + ", ".join(SIZES) + "; B/32 also sets the patch.")
     patch: int | None = _option(None, "Side of the network's patches in pixels. [default: 32]")
     img_size: int | None = _option(None, "Side of the training images in pixels. [default: 8 patches]")
-    vanilla: bool = _option(False, "Train a plain JiT, without Spectral Forcing.")
+    vanilla: bool | None = _option(
+        None, "Train a plain network, without Spectral Forcing. [default: with forcing; mmjit without, as published]"
+    )
+    text_encoder: str | None = _option(
+        None,
+        "What a network reads of a caption: a frozen T5 encoder (a folder, or a name on the Hugging Face Hub), or "
+        "words, a vocabulary of the captions' own that is trained along. [default: words for captioned-scenes, else "
+        "google/flan-t5-large]",
+    )
+    text_length: int | None = _option(None, "Text places of a network. [default: 256; 24 of words]")
     window_size: int = _option(
         ForcingConfig.window_size, "Side of the windows in pixels that the forcing filters one by one; 0 is the image."
     )
@@ -106,6 +121,9 @@ class Options:
     )
     p_mean: float = _option(FlowConfig.P_mean, "Training times t are sigmoid(m + s * normal): this is m.")
     p_std: float = _option(FlowConfig.P_std, "Training times t are sigmoid(m + s * normal): this is s.")
+    loss: LossKind = _option(
+        FlowConfig.loss, "What is compared: velocities, or images (x0). The published losses compare velocities."
+    )
     t_eps: float = _option(FlowConfig.t_eps, "Smallest value of 1 - t that velocities are divided by.")
     label_drop_prob: float | None = _option(
         None, "Share of images that train without their class, which guidance needs. [default: 0.1; 0 with lora]"
@@ -132,7 +150,11 @@ class Options:
     cache: str | None = _option(
         None, "Folder that keeps the cropped pictures, so that each is decoded only once. [default: none]"
     )
-    flip: bool = _option(True, "Mirror half of the pictures, chosen at random.")
+    flip: bool | None = _option(
+        None,
+        "Mirror half of the pictures, chosen at random; never one whose caption says left or right. [default: on; off "
+        "with captions]",
+    )
     workers: int | None = _option(None, "Threads that decode pictures. [default: one per core, at most 8]")
     # the optimiser
     batch_size: int | None = _option(
@@ -152,6 +174,7 @@ class Options:
     warmup_epochs: float | None = _option(
         None, "Epochs in which the learning rate rises from 0. [default: 5, at most a tenth of the run; 0 with lora]"
     )
+    warmup_lr: float = _option(0.0, "Learning rate that the warm-up begins at. MiniT2I's code has 1e-6.")
     lr_schedule: LRSchedule = _option("constant", "Learning rate after the warm-up.")
     min_lr: float = _option(0.0, "Learning rate at the end of a cosine schedule.")
     weight_decay: float = _option(0.0, "Decoupled weight decay of AdamW; biases and norm weights never decay.")
@@ -195,6 +218,9 @@ class Options:
     log_every: int = _option(10, "Steps between lines in metrics.jsonl.")
     preview_every: int = _option(500, "Steps between preview pictures; 0 is never.")
     preview_images: int = _option(10, "Images in a row of a preview.")
+    preview_prompts: str | None = _option(
+        None, "File of the prompts that previews show, one a line. [default: captions of the data]"
+    )
     preview_steps: int = _option(20, "Solver steps of a preview; more are slower and finer.")
     cfg: float = _option(1.0, "Guidance scale of previews, stored as the checkpoint's default for sampling; 1 is off.")
     report_to: TrackerName | None = _option(None, "Send metrics to a tracker, too. [default: none]")
@@ -253,12 +279,12 @@ def _bounds() -> list[tuple[str, str, Any]]:
     rules: list[tuple[str, str, Any]] = [
         (
             "batch_size accumulate save_every log_every preview_images preview_steps "
-            "steps epoch_size num_classes workers patch img_size lora_rank",
+            "steps epoch_size num_classes workers patch img_size text_length lora_rank",
             "at least 1",
             lambda v: v >= 1,
         ),
         ("lr blr epochs noise_scale lora_alpha", "above 0", lambda v: v > 0),
-        ("keep save_minutes preview_every weight_decay clip_grad min_lr", "0 or more", lambda v: v >= 0),
+        ("keep save_minutes preview_every weight_decay clip_grad min_lr warmup_lr", "0 or more", lambda v: v >= 0),
         ("beta1 beta2 ema_decay1 ema_decay2", "from 0 to below 1", lambda v: 0 <= v < 1),
         ("attn_dropout proj_dropout", "a probability below 1", lambda v: 0 <= v < 1),
         ("seed", "from 0 to 2^31 - 1", lambda v: 0 <= v < 2**31),
@@ -271,7 +297,7 @@ _BOUNDS = _bounds()
 # options that may differ when a run is continued: they do not touch what the steps so far have computed
 CHANGEABLE = {
     "epochs", "steps", "workers", "cache", "data", "output", "name", "save_every", "save_minutes", "keep", "log_every",
-    "preview_every", "preview_images", "preview_steps", "cfg", "report_to",
+    "preview_every", "preview_images", "preview_prompts", "preview_steps", "cfg", "report_to",
 }  # fmt: skip
 
 

@@ -11,11 +11,13 @@ from ..checkpoints.checkpoint import Checkpoint, step_files
 from ..checkpoints.config import Config
 from ..checkpoints.resolve import resolve
 from ..common.world import World
-from ..data.sources import DataOptions, Source
+from ..data.captioned_scenes import CAPTIONED_SCENES
+from ..data.sources import Source
 from ..errors import MlxSfError, option
+from ..models import architecture
 from .finetune import adapter_config
-from .options import Options, part, typed_options
-from .recipe import Recipe, decide, options_from
+from .options import Options, typed_options
+from .recipe import WORDS, Recipe, data_options, decide, options_from
 from .run_folder import RunFolder, Stored
 
 
@@ -61,11 +63,15 @@ def plan(given: Mapping[str, Any], resume: str | None = None) -> Plan:
     if stored and source.fingerprint() != stored.fingerprint:
         restore = f"restore it, or start a new run with {option('name')}"
         raise MlxSfError(f"{folder.path}: its data has changed ({source.describe()}): {restore}")
-    options = dataclasses.replace(options, data=_absolute(options.data))
+    options = dataclasses.replace(options, data=_absolute(options.data), text_encoder=_absolute(options.text_encoder))
     recipe = decide(options, source, base.config if base else None, stored.config if stored else None)
     if options.lora and base is not None and stored is None:
         recipe = dataclasses.replace(recipe, config=adapter_config(base, recipe.options, recipe.config))
-    notes = [f"data: {source.describe()}"]
+    notes = [f"data: {source.describe()}", *getattr(source, "caption_notes", list)()]
+    if not architecture(recipe.config.model).sees_time and recipe.config.model.forcing is not None:
+        notes.append(
+            "note: this network does not see t; forcing tells it the noise level, which it has to guess without"
+        )
     if len(source) < recipe.batch_size:
         notes.append(f"note: {len(source)} pictures fill a batch of {recipe.batch_size} only by repeating")
     return Plan(recipe, folder, source, stored, base, tuple(notes))
@@ -101,7 +107,7 @@ def _base(init: str) -> Checkpoint:
 
 def _open(options: Options) -> Source:
     side = options.image_geometry()[1]
-    return part(DataOptions, options).open((side, side), options.seed)
+    return data_options(options).open((side, side), options.seed)
 
 
 def _run_path(given: Mapping[str, Any]) -> Path:
@@ -120,5 +126,7 @@ def _run_path(given: Mapping[str, Any]) -> Path:
 
 
 def _absolute(data: str | None) -> str | None:
-    """Paths are stored absolute, so that a run can be continued from elsewhere; Hub names stay."""
-    return str(Path(data).expanduser().resolve()) if data and Path(data).expanduser().exists() else data
+    """Paths are stored absolute, so that a run can be continued from elsewhere; Hub names and our own stay."""
+    if not data or data in (CAPTIONED_SCENES, WORDS) or not Path(data).expanduser().exists():
+        return data
+    return str(Path(data).expanduser().resolve())

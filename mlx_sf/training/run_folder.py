@@ -81,6 +81,20 @@ class RunFolder:
     def started(self) -> bool:
         return self.config_file.exists()
 
+    def held_by(self) -> int | None:
+        """The process that trains this run right now, None where there is none. Holds nobody up."""
+        lock = self.path / ".lock"
+        try:
+            process = int(lock.read_text())
+            os.kill(process, 0)  # of a process that is gone the number stays behind
+            with open(lock) as f:
+                fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return process
+        except (OSError, ValueError):
+            return None
+        return None
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes out; the lock goes with the process, however it ends."""

@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 from ..checkpoints.adapters import open_base
 from ..checkpoints.checkpoint import step_files
 from ..checkpoints.load import load_model
+from ..checkpoints.text_encoder import TextFeatures
 from ..common.progress import Progress
 from ..common.world import World
 from ..data.loader import Batch, Loader
@@ -27,7 +28,7 @@ from ..models.lora import adapter_parameters, add_adapter, initial_adapter
 from .finetune import adapt
 from .log import METRICS, RunLog, Speed, plot_loss, read_lines
 from .plan import Plan
-from .preview import save_preview
+from .preview import preview_asked, save_preview
 from .run_folder import Position
 from .step import SETS, Arrays, StepOptions, TrainStep, Weights, draws, initial_arrays, trainable
 
@@ -123,7 +124,7 @@ def fit(p: Plan, say: Say, world: World | None = None) -> Outcome:
             if world.main and due and not stop:
                 path = folder.path / "previews" / f"{step:08d}.png"
                 sets = {name: run.arrays[name] for name in SETS}
-                save_preview(path, run.network, r.config, sets, reports.preview_images, reports.preview_steps, r.seed)
+                save_preview(path, run.network, r.config, sets, run.preview_asked, reports.preview_steps, r.seed)
                 say(f"step {step}: preview {path} (rows: {', '.join(SETS)})")
 
     if world.main:
@@ -148,6 +149,10 @@ class Trainer:
             )
         self.plan, self.recipe, self.world = p, r, world
         self.network, self.fixed = self._network(pick_dtype(machine.dtype))
+        if architecture(r.config.model).reads_text and not r.config.model.text.words:
+            self.network.features = TextFeatures(
+                r.options.text_encoder or r.config.model.text.encoder, r.config.model.text
+            )
         self.loader = Loader(p.source, r.batch_size, r.seed, r.flip, machine.workers, world.rank, world.size)
         self.null = self.network.condition([None] * (r.batch_size // world.size))
         options = StepOptions(
@@ -162,6 +167,7 @@ class Trainer:
         self.step = TrainStep(self.network, r.config.flow, options)
         self.arrays: Arrays = {}
         self.position = Position()
+        self.preview_asked = preview_asked(r.config, p.source, r.reports, r.seed)
 
     def _network(self, dtype: mx.Dtype) -> tuple[Any, Weights]:
         """The network as a shell for the weights that are trained, and those that are stored with them.
@@ -185,7 +191,7 @@ class Trainer:
 
     def begin(self) -> list[str]:
         """Take the first state: the newest checkpoint's, another run's weights, or random ones. Returns what to say."""
-        p, notes = self.plan, list[str]()
+        p, notes = self.plan, self._read_captions()
         adapter = self.recipe.config.adapter
         stored = p.folder.load(self.recipe.config) if p.stored is not None else None
         if stored is not None:
@@ -193,13 +199,24 @@ class Trainer:
         else:
             weights = trainable(self.network) if adapter is None else adapter_parameters(self.network)
             if adapter is not None:
-                notes = [f"lora: {adapter}"]
+                notes.append(f"lora: {adapter}")
             elif p.base is not None:
-                weights, notes = adapt(p.base, self.recipe.options.init_weights, weights, self.recipe.config)
+                weights, told = adapt(p.base, self.recipe.options.init_weights, weights, self.recipe.config)
+                notes += told
             self.arrays, self.position = initial_arrays(weights), Position()
         self.arrays = self.world.share_arrays(self.arrays)
         self.position = Position(**self.world.share(dataclasses.asdict(self.position)))
         return notes
+
+    def _read_captions(self) -> list[str]:
+        """Encode the captions that are known beforehand, where an encoder reads them. Returns what to say."""
+        features = getattr(self.network, "features", None)
+        if features is None or not self.world.main:
+            return []
+        captions = self.plan.source.captions()
+        features.ensure(captions)
+        known = f"text: {len(captions)} captions read by {features.encoder}" if captions else "text: read as they come"
+        return [known, *features.notes()]
 
     def take(self, batch: Batch) -> tuple[float, float | None]:
         """One step on a batch: the state moves on. The loss, and the gradients' norm (None unless they are clipped).

@@ -6,11 +6,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_sf.bench import forcing, rates, solvers, suite, tables
+from mlx_sf.bench import forcing, rates, solvers, suite, t2i, tables
 from mlx_sf.bench.profile import profile_step
 from mlx_sf.bench.report import solver_lines
 from mlx_sf.bench.sampling import measure_sampling
 from mlx_sf.models.jit_sizes import model_config
+from mlx_sf.models.t5 import T5Config
 from mlx_sf.spectral import SpectralForcing
 
 NANO = ["--size", "nano/8", "--img-size", "16"]
@@ -28,10 +29,10 @@ def test_random_networks_depend_on_all_inputs(changes):
         assert np.sqrt(np.mean((other - out()) ** 2)) > 1e-3 * np.abs(out()).max()
 
 
-def test_solvers_converge_to_the_same_pictures(tmp_path):
-    case = "random, v-prediction, guidance 2.9"
+@pytest.mark.parametrize("case", ["random, v-prediction, guidance 2.9", "random, text to image, guidance 6"])
+def test_solvers_converge_to_the_same_pictures(case, tmp_path):
     steps = {"euler": (8, 32), "heun": (4, 16), "multistep": (8, 32)}
-    result = solvers.measure_solvers([case], images=1, steps=steps, reference=("heun", 60))
+    result = solvers.measure_solvers({case: solvers.CASES[case]}, images=1, steps=steps, reference=("heun", 60))
     distance = {(r["method"], r["steps"]): r["distance"] for r in result[case]}
     for method, (few, many) in steps.items():
         assert distance[method, many] < distance[method, few]
@@ -40,6 +41,22 @@ def test_solvers_converge_to_the_same_pictures(tmp_path):
     solvers.plot_solvers(tmp_path / "figure.png", result)
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     json.dumps(result)
+
+
+def test_text_to_image_is_measured(monkeypatch):
+    result = t2i.measure_t2i("nano/8", 32, mx.float32, rounds=1, encoder=T5Config(32, 8, 40, 2, 3, 3000))
+    assert result["evaluation"]["torch_fused_over_mlx"] > 0
+    assert [p["evaluations"] for p in result["pictures"].values()] == [200, 50, 4]
+    assert not any(p["measured"] for p in result["pictures"].values())
+    first, second = tables.t2i(result)
+    assert len(first.rows) == 2
+    assert len(second.rows) == 3
+
+
+@pytest.mark.parametrize("phase", [t2i.Phase("network", "8-bit"), t2i.Phase("adapter", batch=2)], ids=lambda p: p.task)
+def test_memory_of_a_phase(phase):
+    (record,) = t2i.measure_t2i_memory("nano/8", 32, phases=[phase])
+    assert record["mlx_peak"] > 1e6
 
 
 @pytest.mark.parametrize("kind", ["sample", "train"])

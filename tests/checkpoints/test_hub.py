@@ -8,11 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
+import numpy as np
 import pytest
 
+from mlx_sf.checkpoints.load import load_model
 from tests.checkpoints.test_layouts import HUB, LAYOUTS, check_samples
 from tests.helpers import GOLDEN, ROOT, run_cli
 from tests.hub_server import HubServer
+from tests.minit2i import PLACES, T2I, arrays, text, tolerances
 
 REPO = "someone/JiT-diffusers"
 NATIVE = "transformer/diffusion_pytorch_model.safetensors"
@@ -207,3 +211,54 @@ def test_pth_of_the_trainer_and_own_checkpoints_from_the_hub(hub, env, tmp_path)
     page = f"{env['HF_ENDPOINT']}/a/own/blob/main/model.safetensors"
     assert draw(page, env, tmp_path).returncode == 0
     shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+
+
+def text_to_image(hub: HubServer) -> None:
+    """Two models in one repository and the encoder that they name, as published, but tiny."""
+    both = {**files_of(PLACES["e2e"], "minit2i-b-16"), **files_of(PLACES["hd52"], "minit2i-l-16")}
+    index = (T2I / "hub" / "model_index.json").read_bytes()
+    hub.add("MiniT2I/MiniT2I", {**both, "model_index.json": index, "pipeline.py": b"raise SystemExit('never run')"})
+    encoder = {f.name: f.read_bytes() for f in (T2I / "t5").iterdir()}
+    hub.add("google/flan-t5-large", {**encoder, "pytorch_model.bin": b"x", "tf_model.h5": b"x", "spiece.model": b"x"})
+
+
+def test_text_to_image_in_one_command(hub, env, tmp_path):
+    text_to_image(hub)
+    np.save(tmp_path / "noise.npy", arrays("e2e.npz")["p/noise"][:1])
+    prompt = json.loads((T2I / "e2e.json").read_text())["prompts"][0]
+    settings = ["--noise", tmp_path / "noise.npy", "--steps", "8", "--cfg", "2.5", "--sample-t-eps", "0.05"]
+    for ckpt, more in (("MiniT2I/MiniT2I", []), ("minit2i-b/16", []), ("MiniT2I/MiniT2I", ["--offline"])):
+        command = ["sample", "--ckpt", ckpt, "--prompt", prompt, *settings, "-o", tmp_path / "x.npy", *more]
+        done = run_cli(*command, env={**env, "MLX_ENABLE_TF32": "0"})
+        assert done.returncode == 0, done.stderr
+        want = arrays("e2e.npz")["p/sample"][:1]
+        assert np.abs(np.load(tmp_path / "x.npy") - want).max() <= tolerances("e2e.npz")["p/sample"]
+    fetched = {path.rsplit("/", 1)[-1] for path in bodies(hub)}
+    assert {"tokenizer.json", "config.json", "diffusion_pytorch_model.safetensors", "model.safetensors"} <= fetched
+    assert not fetched & {"pipeline.py", "pytorch_model.bin", "tf_model.h5", "spiece.model"}
+    listed = run_cli("info", "MiniT2I/MiniT2I", env=env).stdout
+    assert "minit2i-b-16" in listed
+    assert "minit2i-l-16" in listed
+
+
+def test_text_to_image_without_its_encoder(hub, env, tmp_path):
+    text_to_image(hub)
+    del hub.repos["google/flan-t5-large"]
+    done = run_cli("sample", "--ckpt", "MiniT2I/MiniT2I", "--prompt", "x", "-o", tmp_path / "x.png", env=env)
+    assert done.returncode == 1
+    line = done.stderr.strip().splitlines()[-1]
+    assert "text encoder google/flan-t5-large: " in line
+    assert line.endswith("or name a folder with --text-encoder")
+
+
+def test_orbax_from_the_hub(hub, env, tmp_path):
+    pytest.importorskip("tensorstore")
+    hub.add("MiniT2I/MiniT2I-B-16-jax", {**files_of(T2I / "nopre_jax"), "README.md": b"#"})
+    command = ["convert", "minit2i-b/16-jax", tmp_path / "x.npz", "--img-size", "16", "--text-length", "3", "--verify"]
+    for more in ([], ["--offline"]):
+        done = run_cli(*command, *more, env=env)
+        assert done.returncode == 0, done.stderr
+    a = arrays("forward.npz")
+    model, _ = load_model(tmp_path / "x.npz")
+    out = model(mx.array(a["nopre/x"]), mx.array([0.5]), text(a["nopre/context"], a["nopre/mask"]))
+    assert np.abs(np.asarray(out) - a["nopre/out"]).max() <= tolerances("forward.npz")["nopre/out"]

@@ -158,6 +158,19 @@ def test_loss_and_gradients_second_set(name):
     assert not set(info["grad_absent"]) & set(found)
 
 
+@pytest.mark.parametrize("name", "abcd")
+def test_both_losses_of_the_adapters_trainer(name):
+    """Without dropping prompts, at given times."""
+    model, _ = network(name)
+    file = f"second/mmjit/{name}/golden.npz"
+    a = arrays(file)
+    x, noise, t = (mx.array(a[k]) for k in ("train_images", "train_noise", "lora_t"))
+    condition = text(a["train_context"], a["train_mask"])
+    flow = FlowConfig(noise_scale=2.0, t_eps=0.05)
+    losses = [training_loss(model, x, condition, t, noise, replace(flow, loss=loss)) for loss in ("velocity", "x0")]
+    close(file, "lora_losses_velocity_x0", mx.stack(losses))
+
+
 def test_six_training_steps():
     model, config = network("nopre")
     s, a = SETTINGS["train"], arrays("train.npz")

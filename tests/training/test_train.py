@@ -85,5 +85,5 @@ def test_help_shows_every_option_with_its_default(cli: Cli) -> None:
     status, out, _ = cli("train", "--help")
     assert status == 0
     text = " ".join(out.split())
-    for words in ("--flip / --no-flip", "[default: on]", "--batch-size INTEGER", "[default: 32]", "--config PATH"):
+    for words in ("--flip / --no-flip", "[default: on;", "--batch-size INTEGER", "[default: 32]", "--config PATH"):
         assert words in text

@@ -70,7 +70,7 @@ _HINTS = {
     "fixed_scale": "the constant that replaces t in the schedule, 0 to 1",
 }
 # every setting that a flag may give, with its type; the schedules beside the published ones are ours
-_NO_FLAG = ("out_channels", "forcing", "schedule_power", "schedule_cutoffs", "exact_end")
+_NO_FLAG = ("loss", "out_channels", "forcing", "schedule_power", "schedule_cutoffs", "exact_end")
 _FORCING = tuple(f.name for f in dataclasses.fields(ForcingConfig))
 FLAG_TYPES: dict[str, Any] = {
     f.name: f.type
