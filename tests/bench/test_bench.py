@@ -100,6 +100,7 @@ def test_the_forms_of_the_forcing_are_one_operator(cli, tmp_path):
     assert "share of forward per image" in cli(*arguments)[1]
 
 
+@pytest.mark.slow
 def test_what_quantising_costs(cli, tmp_path):
     arguments = ("bench", "quantize", "--ckpt", "demo", *NANO)
     status, out, _ = cli(*arguments, "--rounds", 2, "--json", "--write-docs", tmp_path)

@@ -290,6 +290,7 @@ def in_two_processes(arguments: list[Any], hosts: Path) -> list[str]:
     return [out for out, _ in outputs]
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(
     ready: None, sets: Path, weights_file: Path, tmp_path: Path, cli: Callable
 ) -> None:

@@ -78,7 +78,7 @@ def test_kid(name: str) -> None:
     assert near(got, N[f"kid.{name}"], abs=1e-9)
 
 
-@pytest.mark.parametrize("subsets, size", [(100, 50), (20, 64)])
+@pytest.mark.parametrize("subsets, size", [pytest.param(100, 50, marks=pytest.mark.slow), (20, 64)])
 def test_kid_of_stored_features(subsets: int, size: int) -> None:
     z = golden("features.npz")
     got = kernel_distance(z["setA.2048"], z["setB.2048"], subsets, size)

@@ -218,7 +218,7 @@ def test_multistep_leaves_no_more_noise_than_heun(steps):
     assert left < 0.0185
 
 
-@pytest.mark.parametrize("name", ["forced", "hybrid", "noctx"])
+@pytest.mark.parametrize("name", ["forced", *(pytest.param(n, marks=pytest.mark.slow) for n in ("hybrid", "noctx"))])
 def test_multistep_and_heun_solve_the_same_flow(load, name):
     """x-, hybrid and v-predictors, guided: both end at the same pictures."""
     model, config = load(name)

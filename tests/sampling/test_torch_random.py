@@ -75,6 +75,7 @@ def test_philox_words_are_exact():
         np.testing.assert_array_equal(philox(counter, int(seed)), ARRAYS[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_cuda_draws_equal_the_published_layout():
     names = [n for n in ARRAYS if n.startswith("philox_randn/") and n.endswith("/head")]
     assert len(names) == 18

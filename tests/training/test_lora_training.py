@@ -239,6 +239,7 @@ def test_dry_run_says_what_is_trained(base: Path, tmp_path: Path, cli: Cli) -> N
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(base: Path, tmp_path: Path) -> None:
     done = launched(tmp_path, *flags(lora(base, tmp_path / "two", steps=2)))
     assert (tmp_path / "two" / "run").exists(), done.stdout + done.stderr

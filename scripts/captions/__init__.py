@@ -1,0 +1,1 @@
+"""The controlled experiment with captions: does Spectral Forcing help text to image, and where?"""
