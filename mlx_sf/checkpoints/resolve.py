@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .. import __version__
-from ..common.files import cache_folder
+from ..common.files import cache_folder, file_identity
 from ..common.progress import Progress, tell
 from ..errors import MlxSfError, option
 from ..formats.orbax import ORBAX_MANIFEST, orbax_folder
@@ -178,7 +178,7 @@ def _in_folder(p: Path, where: str) -> Found:
 
 def _converted(found: Found, settings: Mapping[str, Any]) -> Path:
     """The converted copy in the cache of a foreign checkpoint, made if it is not there yet."""
-    told = [_identity(f) for f in found.files()]
+    told = [file_identity(f) for f in found.files()]
     # the commit belongs to it: pictures say which one their weights came from
     key = json.dumps(
         [__version__, told, sorted(settings.items()), sorted(found.assumed.items()), sorted(found.origin.items())]
@@ -243,12 +243,3 @@ def taken(report: Report) -> list[str]:
     settings = report.origin.get("table")
     lines = [f"its files do not say, taken from the table of known models: {', '.join(settings)}"] if settings else []
     return lines + report.notes
-
-
-def _identity(path: Path) -> list[Any]:
-    """What tells one version of a file from another: in the Hub's cache its content's name, elsewhere size and time."""
-    real = path.resolve()
-    if real.parent.name == "blobs":
-        return [path.name, real.name]
-    stat = real.stat()
-    return [str(real), stat.st_size, stat.st_mtime_ns]

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..common.fields import choice
-from ..common.files import cache_folder, replacing, sha256
+from ..common.files import cache_folder, file_identity, hub_blob, replacing, sha256
 from ..common.progress import Progress
 from ..errors import MlxSfError, option
 from ..formats.shards import open_foreign
@@ -84,17 +84,15 @@ def _in_folder(folder: Path, where: str) -> EncoderFiles:
 
 def _digest(path: Path) -> str:
     """SHA-256 of a file, remembered by its size and time; in the Hub's cache a file's name is one already."""
-    real = path.resolve()
-    if real.parent.name == "blobs":
-        return real.name
-    stat, memory = real.stat(), cache_folder() / "digests.json"
-    key = f"{real} {stat.st_size} {stat.st_mtime_ns}"
+    if (blob := hub_blob(path)) is not None:
+        return blob
+    memory, key = cache_folder() / "digests.json", " ".join(map(str, file_identity(path)))
     try:
         known = json.loads(memory.read_text())
     except (OSError, ValueError):
         known = {}
     if not isinstance(known.get(key), str):
-        known[key] = sha256(real)
+        known[key] = sha256(path)
         with replacing(memory) as temporary:
             temporary.write_text(json.dumps(known, indent=1))
     return str(known[key])
@@ -115,6 +113,7 @@ class TextFeatures:
         self.encoded = 0
         self.truncated: dict[str, int] = {}
         self._opened: tuple[EncoderFiles, T5Config, FeatureStore] | None = None
+        self._tokenizer: Tokenizer | None = None
         self._recent: dict[str, np.ndarray] = {}
 
     @staticmethod
@@ -147,12 +146,10 @@ class TextFeatures:
             elif len(wanted) <= 1024:
                 self._recent[p] = values
             if values is not None and len(values) == self.text.length:
-                self._count(files, [p])
+                self._ids(files, [p])
         if not missing:
             return
-        tokenizer = Tokenizer(files.tokenizer, self.text.length)
-        ids = tokenizer(missing)
-        self._count(files, missing)
+        ids = self._ids(files, missing)
         entries = _entries(files, config)
         with Progress(config.num_layers, f"encoding {len(missing)} prompts", "layers") as bar:
             found = encode(
@@ -168,10 +165,13 @@ class TextFeatures:
         self.encoded += len(missing)
         store.add({text_key(p): values for p, values in zip(missing, found, strict=True)})
 
-    def _count(self, files: EncoderFiles, prompts: Sequence[str]) -> None:
-        """Note which prompts have more tokens than places."""
-        whole = Tokenizer(files.tokenizer, self.text.length).whole(prompts)
+    def _ids(self, files: EncoderFiles, prompts: Sequence[str]) -> list[list[int]]:
+        """Token ids of prompts, cut to the network's places; `truncated` notes which were cut."""
+        if self._tokenizer is None:
+            self._tokenizer = Tokenizer(files.tokenizer, self.text.length)
+        whole = self._tokenizer.whole(prompts)
         self.truncated |= {p: len(ids) for p, ids in zip(prompts, whole, strict=True) if len(ids) > self.text.length}
+        return [self._tokenizer.cut(ids) for ids in whole]
 
     def __call__(self, prompts: Sequence[str]) -> list[np.ndarray]:
         """Features (n, E) float32 of each prompt, n its tokens."""
@@ -242,8 +242,7 @@ def _rows(entries: dict[str, Entry], files: EncoderFiles, rows: np.ndarray) -> m
         raise MlxSfError(
             f"text encoder {files.where}: its tokenizer gives token {rows[-1]}, its table has {entry.shape[0]} rows"
         )
-    bits = mx.array(entry.read()[rows])
-    return bits.view(mx.bfloat16) if entry.dtype == "bfloat16" else bits
+    return entry.rows(rows)
 
 
 PRECISIONS = get_args(EncoderPrecision)

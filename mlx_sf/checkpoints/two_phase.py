@@ -13,7 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from ..common.files import cache_folder
+from ..common.files import cache_folder, file_identity
 from ..common.progress import Progress
 from ..device.defaults import dtype_name
 from ..errors import MlxSfError
@@ -165,16 +165,11 @@ class Prefixes:
         write_tensor_file(self._place(ids), [Entry.of(name, w) for name, w in parts.items()], f"prefix {_FORMAT}")
 
 
-def identity(checkpoint: Checkpoint) -> list[list[object]]:
-    """What tells one version of a checkpoint's files from others: the Hub's name of their content, or size and time."""
-    told: list[list[object]] = []
+def identity(checkpoint: Checkpoint) -> list[list[str | int]]:
+    """What tells one version of a checkpoint's files from others: see `file_identity`."""
     index = checkpoint.path.name.endswith(".index.json")
-    for path in sorted(checkpoint.path.parent.glob("*.safetensors")) if index else [checkpoint.path]:
-        real = path.resolve()
-        stat = real.stat()
-        blob = real.parent.name == "blobs"
-        told.append([path.name, real.name] if blob else [str(real), stat.st_size, stat.st_mtime_ns])
-    return told
+    files = sorted(checkpoint.path.parent.glob("*.safetensors")) if index else [checkpoint.path]
+    return [file_identity(f) for f in files]
 
 
 def prune(folder: Path, most: int) -> None:

@@ -4,6 +4,7 @@ import click
 
 from ..checkpoints.export import export
 from ..device.defaults import DTYPES
+from .options import lora_options
 
 
 @click.command(short_help="Write one weight set of a run as a small file to share.")
@@ -17,18 +18,7 @@ from ..device.defaults import DTYPES
     show_default=True,
     help="Type of the large matrices.",
 )
-@click.option(
-    "--lora-paths",
-    multiple=True,
-    metavar="DIR|ID",
-    help="A low-rank adapter to work in: a folder, or a name on the Hugging Face Hub; may be given several times.",
-)
-@click.option(
-    "--lora-scales",
-    type=float,
-    multiple=True,
-    help="What an adapter is multiplied by, in the order of --lora-paths; may be given several times. [default: 1]",
-)
+@lora_options
 @click.option("--cfg", type=float, help="Guidance scale that sampling takes by default. [default: as in SOURCE]")
 def command(
     source: str,

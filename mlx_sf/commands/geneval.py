@@ -20,7 +20,7 @@ from ..metrics.geneval_export import Export
 from ..metrics.geneval_folder import named_prompts, read_detections, score_folder, write_results
 from ..sampling.request import with_solver
 from ..sampling.solvers import Method
-from .options import ckpt_options, named_checkpoint, text_encoder_options
+from .options import ckpt_options, lora_options, named_checkpoint, text_encoder_options
 
 
 @click.group(short_help="Draw GenEval's prompts, score pictures by its rules; DPG-Bench's scores from answers.")
@@ -69,18 +69,7 @@ def command() -> None:
 @click.option("--shift", type=float, help="Above 1: more steps near the noise; 1 is off. [default: the checkpoint's]")
 @click.option("--sample-t-eps", type=float, help="Lower bound of 1 - t in the velocity. [default: the training's]")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Type of the products. [default: bfloat16 on a GPU]")
-@click.option(
-    "--lora-paths",
-    multiple=True,
-    metavar="DIR|ID",
-    help="A low-rank adapter: a folder, or a name on the Hugging Face Hub; may be given several times.",
-)
-@click.option(
-    "--lora-scales",
-    type=float,
-    multiple=True,
-    help="What an adapter is multiplied by, in the order of --lora-paths; may be given several times. [default: 1]",
-)
+@lora_options
 @click.option(
     "--batch-size",
     type=click.IntRange(1),

@@ -63,6 +63,27 @@ def text_encoder_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def lora_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--lora-paths` and `--lora-scales`: the adapters that go with a checkpoint."""
+    for option in (
+        click.option(
+            "--lora-scales",
+            type=float,
+            multiple=True,
+            help="What an adapter is multiplied by, in the order of --lora-paths; may be given several times. "
+            "[default: 1]",
+        ),
+        click.option(
+            "--lora-paths",
+            multiple=True,
+            metavar="DIR|ID",
+            help="A low-rank adapter: a folder, or a name on the Hugging Face Hub; may be given several times.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
 def go_offline(offline: bool) -> None:
     """Keep the Hub's client from asking; it reads this when it is imported, which nothing has done yet."""
     if offline:

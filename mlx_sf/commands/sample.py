@@ -30,7 +30,7 @@ from ..sampling.prompts import read_prompts
 from ..sampling.request import with_solver
 from ..sampling.solvers import Method
 from ..sampling.torch_random import GPU_THREADS
-from .options import ckpt_options, named_checkpoint, text_encoder_options
+from .options import ckpt_options, lora_options, named_checkpoint, text_encoder_options
 
 
 @click.command(short_help="Draw pictures from a checkpoint.")
@@ -128,18 +128,7 @@ from .options import ckpt_options, named_checkpoint, text_encoder_options
     default=None,
     help="Expand quantised weights before drawing: faster, more memory. [default: on a CPU]",
 )
-@click.option(
-    "--lora-paths",
-    multiple=True,
-    metavar="DIR|ID",
-    help="A low-rank adapter: a folder, or a name on the Hugging Face Hub; may be given several times.",
-)
-@click.option(
-    "--lora-scales",
-    type=float,
-    multiple=True,
-    help="What an adapter is multiplied by, in the order of --lora-paths; may be given several times. [default: 1]",
-)
+@lora_options
 @click.option(
     "--merge-lora",
     is_flag=True,

@@ -90,3 +90,18 @@ def cache_folder() -> Path:
     if os.environ.get("MLX_SF_CACHE"):
         return Path(os.environ["MLX_SF_CACHE"]).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlx-sf"
+
+
+def hub_blob(path: Path) -> str | None:
+    """The name of a file's content in the Hub's cache; None for a file elsewhere."""
+    real = path.resolve()
+    return real.name if real.parent.name == "blobs" else None
+
+
+def file_identity(path: Path) -> list[str | int]:
+    """What tells one version of a file from another: in the Hub's cache its content's name, elsewhere size and time."""
+    if (blob := hub_blob(path)) is not None:
+        return [path.name, blob]
+    real = path.resolve()
+    stat = real.stat()
+    return [str(real), stat.st_size, stat.st_mtime_ns]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..common.text import first_line
 from ..errors import MlxSfError
 
 ORBAX_MANIFEST = "manifest.ocdbt"
@@ -71,5 +72,4 @@ def _dtype(name: Any) -> str:
 
 
 def _reason(e: Exception) -> str:
-    text = str(e).strip() or type(e).__name__
-    return text.splitlines()[0].split(" [")[0][:200]
+    return first_line(e).split(" [")[0][:200]

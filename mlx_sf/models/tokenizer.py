@@ -34,11 +34,12 @@ class Tokenizer:
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, at most `length`, the last one "</s>"; not padded."""
-        return [self._cut(ids) for ids in self.whole(texts)]
+        return [self.cut(ids) for ids in self.whole(texts)]
 
     def whole(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, however long."""
         return [list(e.ids) for e in self._pipeline.encode_batch([t.rstrip() for t in texts])]
 
-    def _cut(self, ids: list[int]) -> list[int]:
+    def cut(self, ids: list[int]) -> list[int]:
+        """Ids cut to at most `length`, the last one "</s>"."""
         return ids if len(ids) <= self.length else [*ids[: self.length - 1], END]
